@@ -1,0 +1,1 @@
+"""Adapters to training frameworks, one folder each. Installed as peft_reft.integrations."""

@@ -1,0 +1,105 @@
+"""The YAML keys of the plugin, and how they and the LoRA keys become a ReftConfig.
+
+This module translates and checks. It knows axolotl's keys and ReftConfig's fields, and nothing of models.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from peft_reft import ReftConfig
+from peft_reft.interventions import INTERVENTIONS
+
+
+# LoRA keys that mean for ReFT what they mean for LoRA: the field that each one sets.
+SHARED_KEYS = {
+    "lora_r": "r",
+    "lora_dropout": "dropout",
+    "lora_modules_to_save": "modules_to_save",
+    "peft_layers_to_transform": "layers_to_transform",
+    "peft_layers_pattern": "layers_pattern",
+}
+# LoRA keys that are about loading, the same for every adapter.
+LOADING_KEYS = {"lora_model_dir", "lora_on_cpu", "peft_autocast_adapter_dtype"}
+LORA_PREFIXES = ("lora_", "peft_", "loraplus_", "qlora_")
+
+
+class ReftBlock(BaseModel):
+    """The optional `reft:` block: what LoRA has no key for. Each field is ReftConfig's of the same name."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    positions: str | None = Field(default=None, description="Tokens to edit: 'f7+l7' (default), 'f3', 'l1', 'all'.")
+    share_weights: bool | None = Field(default=None, description="One set of weights for first and last tokens.")
+    act_fn: str | None = Field(default=None, description="Activation function of the source act(Wh + b).")
+    add_bias: bool | None = Field(default=None, description="Whether to learn b.")
+    init_weights: Literal["pyreft"] | bool | None = Field(default=None, description="True, or 'pyreft'.")
+    target_modules: list[str] | str | None = Field(default=None, description="Modules whose output is edited.")
+    exclude_modules: list[str] | str | None = Field(default=None, description="Modules to leave alone.")
+
+    @field_validator("*")
+    @classmethod
+    def check_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """Let ReftConfig judge each value, so that a mistake stops axolotl before it loads a model."""
+        if value is not None:
+            ReftConfig(**{str(info.field_name): value})
+        return value
+
+
+class ReftArgs(BaseModel):
+    """What the plugin adds to axolotl's config."""
+
+    reft: ReftBlock | None = Field(default=None, description="Settings of a ReFT adapter that LoRA has no key for.")
+
+    @model_validator(mode="after")
+    def check_reft(self) -> ReftArgs:
+        adapter = getattr(self, "adapter", None)
+        if is_reft(adapter):
+            if getattr(self, "merge_lora", None):
+                raise ValueError(
+                    f"adapter: {adapter} can't be merged into the base model: it edits hidden states at chosen positions, "
+                    "and no change of a weight does that. Nothing was written. Load the adapter beside its base model "
+                    "instead: `axolotl inference --lora-model-dir ...`, or PeftModel.from_pretrained(base, adapter_dir)."
+                )
+            reft_config(self)
+        elif self.reft is not None:
+            raise ValueError(
+                f"reft: is set, but adapter: {adapter} is not a ReFT adapter. Set adapter: to one of "
+                f"{', '.join(INTERVENTIONS)}, or remove the reft: block."
+            )
+        return self
+
+
+def is_reft(adapter: str | None) -> bool:
+    """Whether an `adapter:` is one of ours."""
+    return adapter in INTERVENTIONS
+
+
+def reft_config(cfg: Any, task_type: str | None = None) -> ReftConfig:
+    """The ReftConfig that a YAML asks for.
+
+    Args:
+        cfg: axolotl's config, or anything with its keys as attributes.
+        task_type (`str`, *optional*): PEFT's task type.
+
+    Raises:
+        ValueError: for values that ReftConfig refuses, with the YAML key's name.
+    """
+    settings = {field: getattr(cfg, key, None) for key, field in SHARED_KEYS.items()}
+    block = getattr(cfg, "reft", None)
+    if block is not None:
+        settings.update({field: getattr(block, field, None) for field in ReftBlock.model_fields})
+    settings = {field: value for field, value in settings.items() if value is not None}
+    try:
+        return ReftConfig(intervention=cfg.adapter, task_type=task_type, **settings)
+    except ValueError as error:
+        keys = ", ".join(f"{key} sets {field}" for key, field in SHARED_KEYS.items() if field in settings)
+        raise ValueError(f"{error} (In this YAML, adapter sets intervention, {keys}.)") from error
+
+
+def meaningless_keys(cfg: Any) -> list[str]:
+    """The LoRA keys of a YAML that say nothing to ReFT."""
+    known = {*SHARED_KEYS, *LOADING_KEYS}
+    return sorted(key for key, value in cfg.items() if key.startswith(LORA_PREFIXES) and key not in known and value)

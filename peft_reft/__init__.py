@@ -1,0 +1,16 @@
+"""ReFT (Representation Finetuning, arXiv 2404.03592) as a PEFT tuner.
+
+Importing this package is all it takes: `get_peft_model`, `PeftModel.from_pretrained`, `AutoPeftModelForCausalLM` and
+`PeftConfig.from_pretrained` then know ReFT as they know LoRA.
+"""
+
+from .config import ReftConfig
+from .layer import ReftLayer
+from .model import ReftModel
+from .registration import register
+
+
+__version__ = "0.1.0"
+__all__ = ["ReftConfig", "ReftLayer", "ReftModel"]
+
+register()

@@ -1,0 +1,148 @@
+"""ReftConfig: what a user sets, checked where it is set."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional, Union
+
+from peft import PeftConfig
+from transformers.activations import ACT2FN
+
+from .interventions import INTERVENTIONS
+from .positions import PositionSpec
+from .registration import NAME, add_peft_type
+
+
+@dataclass
+class ReftConfig(PeftConfig):
+    """Configuration of a ReFT adapter (Representation Finetuning, arXiv 2404.03592).
+
+    Wrong values fail here, with what was given, what is allowed and an example.
+
+    Args:
+        r (`int`): Rank: the number of directions of the hidden state that an edit may change. At most the width of the
+            edited modules.
+        intervention (`str`): The edit: `"loreft"` (default), `"noreft"`, `"direft"`, `"nodireft"`, `"consreft"` or
+            `"lobireft"`. The formulas stand in `peft_reft.interventions`. The paper's DiReFT is `"nodireft"`.
+        positions (`str`): Which tokens to edit: `"f7+l7"` (default) the first 7 and the last 7 tokens of the prompt,
+            `"f3"`, `"l1"`, or `"all"` for every token, of the prompt or not.
+        share_weights (`bool`): Whether the first and the last tokens share their weights. Says nothing for
+            one-sided positions and `"all"`, which have one set of weights in any case.
+        dropout (`float`): Probability of dropout on the edited state, in training only, as in pyreft.
+        act_fn (`str`, *optional*): Activation function of the source, by its name in transformers (`"gelu"`, ...).
+        add_bias (`bool`): Whether to learn b. The source of consreft and lobireft is b itself, so they need it.
+        init_weights (`bool` or `"pyreft"`): True starts at the base model, exactly, wherever the formula allows it;
+            `"pyreft"` starts at pyreft's random weights.
+        target_modules (`str` or `list[str]`, *optional*): The modules whose output is edited: names, or one regex, as
+            in LoraConfig. Any module whose output is a tensor, or a tuple that starts with one. None takes the blocks
+            of the model's main stack.
+        exclude_modules (`str` or `list[str]`, *optional*): Names or one regex of modules to leave alone.
+        layers_to_transform (`int` or `list[int]`, *optional*): Indices of the layers to edit, from 0. None edits all.
+        layers_pattern (`str` or `list[str]`, *optional*): Name of the list that those indices count in, where a model
+            has several.
+        modules_to_save (`list[str]`, *optional*): Modules to train and save whole, a classifier head for example.
+        width (`int`, *optional*): Width of the edited modules. Filled in when the adapter is made and checked when it
+            is loaded. Leave it out.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of the edit."})
+    intervention: str = field(default="loreft", metadata={"help": "The edit: " + ", ".join(INTERVENTIONS)})
+    positions: str = field(default="f7+l7", metadata={"help": "Tokens to edit: 'f7+l7', 'f3', 'l1' or 'all'."})
+    share_weights: bool = field(
+        default=False, metadata={"help": "Whether the first and the last tokens share their weights."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the edited state, in training only."})
+    act_fn: Optional[str] = field(default=None, metadata={"help": "Activation function of the source act(Wh + b)."})
+    add_bias: bool = field(default=True, metadata={"help": "Whether to learn b."})
+    init_weights: Union[bool, Literal["pyreft"]] = field(
+        default=True, metadata={"help": "True: start as the base model where possible. 'pyreft': its random start."}
+    )
+    target_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Modules whose output is edited. None: the blocks of the main stack."}
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Modules to leave alone, as names or one regex."}
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None, metadata={"help": "Indices of the layers to edit. None: all."}
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Name of the list of layers that layers_to_transform counts in."}
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None, metadata={"help": "Modules to train and save whole besides the edits."}
+    )
+    width: Optional[int] = field(default=None, metadata={"help": "Width of the edited modules. Filled in for you."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type(NAME)
+        if not _is_int(self.r) or self.r < 1:
+            _reject("r", self.r, "a whole number of at least 1", "r=8")
+        if self.intervention not in INTERVENTIONS:
+            _reject("intervention", self.intervention, "one of " + ", ".join(INTERVENTIONS), "intervention='loreft'")
+        PositionSpec.parse(self.positions)
+        for name in ("share_weights", "add_bias"):
+            if not isinstance(getattr(self, name), bool):
+                _reject(name, getattr(self, name), "True or False", f"{name}=True")
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            _reject("dropout", self.dropout, "a number from 0 up to, not including, 1", "dropout=0.05")
+        if self.act_fn is not None and self.act_fn not in ACT2FN:
+            _reject(
+                "act_fn", self.act_fn, "None or an activation of transformers: " + ", ".join(ACT2FN), "act_fn='gelu'"
+            )
+        if self.init_weights not in (True, "pyreft"):
+            _reject("init_weights", self.init_weights, "True or 'pyreft'", "init_weights=True")
+        self._check_intervention()
+        self._check_modules()
+
+    def _check_intervention(self) -> None:
+        intervention = INTERVENTIONS[self.intervention]
+        if not intervention.has_source:
+            if self.act_fn not in (None, "linear"):
+                _reject("act_fn", self.act_fn, f"None: {self.intervention} has no activation", "act_fn=None")
+            if not self.add_bias:
+                _reject("add_bias", self.add_bias, f"True: the source of {self.intervention} is b", "add_bias=True")
+        if self.dropout and not intervention.has_dropout:
+            warnings.warn(f"dropout={self.dropout} has no effect: {self.intervention} has no dropout, as in pyreft.")
+
+    def _check_modules(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, (set, tuple)):
+                setattr(self, name, value := sorted(value))
+            allowed = value is None or isinstance(value, list) and all(isinstance(item, str) for item in value)
+            if name != "modules_to_save":
+                allowed = allowed or isinstance(value, str)
+            if not allowed or (value is not None and len(value) == 0):
+                _reject(name, value, "None, or names of modules", f"{name}=['mlp']")
+        layers = self.layers_to_transform
+        if layers is None:
+            if self.layers_pattern is not None:
+                _reject(
+                    "layers_pattern", self.layers_pattern, "set only with layers_to_transform", "layers_pattern=None"
+                )
+            return
+        indices = [layers] if not isinstance(layers, (list, tuple, range, set)) else list(layers)
+        if not indices or any(not _is_int(index) or index < 0 for index in indices):
+            _reject("layers_to_transform", layers, "None, or indices of layers from 0", "layers_to_transform=[8, 16]")
+        self.layers_to_transform = sorted(set(indices))
+
+    @property
+    def spec(self) -> PositionSpec:
+        """The parsed `positions`."""
+        return PositionSpec.parse(self.positions)
+
+    @property
+    def groups(self) -> int:
+        """G, the number of sets of weights of a module: 2 for untied first and last tokens, else 1."""
+        return self.spec.groups(self.share_weights)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _reject(name: str, value: Any, allowed: str, example: str) -> None:
+    raise ValueError(f"{name}={value!r} is not allowed in ReftConfig. Allowed: {allowed}. Example: {example}.")

@@ -1,0 +1,252 @@
+"""ReftLayer: wraps one module and edits its output at the Selection.
+
+This module knows how to gather rows of one output, edit them and write them back. Which rows it is told by the
+ForwardContext that the layers of a model share; the formulas are in interventions.py.
+
+Dimensions: B rows of the batch, S tokens, T = B * S, G groups of weights, N tokens of a group, R rank, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from . import rotation
+from .config import ReftConfig
+from .interventions import INTERVENTIONS, activation, edit_coefficients, initialize
+from .positions import Selection
+
+
+MERGE_REFUSAL = (
+    "A ReFT adapter can't be merged: it edits hidden states at chosen positions, and no change of a weight does that, "
+    "since a weight acts on every token alike. Keep the adapter loaded, or take it off with `unload()`. The model is "
+    "as it was."
+)
+
+
+class SelectionSource(Protocol):
+    """What a layer needs of the ForwardContext."""
+
+    def selection(self, adapter_name: str, layer_name: str) -> Selection | None: ...
+
+
+class ReftLayer(nn.Module, BaseTunerLayer):
+    """Adds h + Rᵀc to the selected rows h of a module's output.
+
+    For LoReFT, c = Wh + b − Rh (arXiv 2404.03592, section 3.2); `peft_reft.interventions` has the six. Parameters,
+    float32 unless told otherwise: `reft_R` [G, r, D], `reft_W` [G, r, D] and `reft_b` [G, r], where G is 1 or, for
+    first and last tokens with weights of their own, 2. The edit is computed in their dtype and goes back in the base's.
+
+    Attributes that the wrapped module has and this one lacks are the wrapped module's, so that a model that reads an
+    attribute of its blocks still finds it.
+
+    Args:
+        base_layer (`torch.nn.Module`): The module to wrap. Its output is a tensor [B, S, D] (any leading dimensions
+            for `positions="all"`), or a tuple that starts with one.
+        context (`SelectionSource`): Where the Selection of the running forward is found.
+        name (`str`): Name of the module in the model, for messages.
+        is_block (`bool`): Whether the output is the hidden state of a layer of the model.
+    """
+
+    adapter_layer_names = ("reft_R", "reft_W", "reft_b")
+    other_param_names = ("reft_config",)
+
+    def __init__(self, base_layer: nn.Module, context: SelectionSource, name: str, is_block: bool) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.context = context
+        self.name = name
+        self.is_block = is_block
+        self.reft_R = nn.ParameterDict()
+        self.reft_W = nn.ParameterDict()
+        self.reft_b = nn.ParameterDict()
+        self.reft_config: dict[str, ReftConfig] = {}
+        self._act: dict[str, Any] = {}
+        # Which state of each basis is known to have orthonormal rows: (identity, version) of the parameter.
+        self._clean: dict[str, tuple[int, int]] = {}
+        self.register_state_dict_pre_hook(_retract_before_saving)
+        self.register_load_state_dict_post_hook(_trust_after_loading)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # not there yet while the module is being built or unpickled
+                raise
+            return getattr(self.base_layer, name)
+
+    # -- adapters ----------------------------------------------------------------------------------------------------
+
+    def update_layer(self, adapter_name: str, config: ReftConfig, width: int) -> None:
+        """Add the weights of an adapter.
+
+        Args:
+            adapter_name (`str`): Its name.
+            config (`ReftConfig`): Its configuration.
+            width (`int`): D.
+        """
+        intervention = INTERVENTIONS[config.intervention]
+        shape = (config.groups, config.r, width)
+        self.reft_config[adapter_name] = config
+        self._act[adapter_name] = activation(config.act_fn)
+        self.reft_R[adapter_name] = nn.Parameter(torch.empty(shape, dtype=torch.float32))
+        if intervention.has_source:
+            self.reft_W[adapter_name] = nn.Parameter(torch.empty(shape, dtype=torch.float32))
+        if config.add_bias:
+            self.reft_b[adapter_name] = nn.Parameter(torch.empty(shape[:2], dtype=torch.float32))
+        R, W, b = self._weights(adapter_name)
+        if not R.is_meta:
+            initialize(intervention, R, W, b, self._act[adapter_name], config.init_weights)
+        self._mark_clean(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _weights(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter | None, nn.Parameter | None]:
+        def get(weights: nn.ParameterDict) -> nn.Parameter | None:
+            return weights[adapter_name] if adapter_name in weights else None
+
+        return self.reft_R[adapter_name], get(self.reft_W), get(self.reft_b)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Follow the wrapped module to its device, but not to its dtype: the weights stay float32."""
+        if device is None:
+            device = next((p.device for p in self.base_layer.parameters() if p.device.type != "meta"), None)
+        if device is not None:
+            self._convert(adapter_name, device=device)
+
+    def _convert(self, adapter_name: str, **to: Any) -> None:
+        for weights in (self.reft_R, self.reft_W, self.reft_b):
+            if adapter_name in weights and not weights[adapter_name].is_meta:
+                weights[adapter_name] = weights[adapter_name].to(**to)
+        self._mark_clean(adapter_name)
+
+    def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Give the weights of an adapter another dtype."""
+        if adapter_name in self.reft_R:
+            self._convert(adapter_name, dtype=dtype)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._act.pop(adapter_name, None)
+        self._clean.pop(adapter_name, None)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise NotImplementedError(MERGE_REFUSAL)
+
+    def unmerge(self) -> None:
+        raise NotImplementedError(MERGE_REFUSAL)
+
+    # -- the basis ---------------------------------------------------------------------------------------------------
+
+    def stale_bases(self) -> list[tuple[str, nn.Parameter]]:
+        """The bases that something has changed since their rows were last made orthonormal, with their adapters."""
+        return [
+            (name, basis)
+            for name, basis in self.reft_R.items()
+            if INTERVENTIONS[self.reft_config[name].intervention].orthonormal
+            and not basis.is_meta
+            and self._clean.get(name) != _state(basis)
+        ]
+
+    def _mark_clean(self, adapter_name: str) -> None:
+        self._clean[adapter_name] = _state(self.reft_R[adapter_name])
+
+    # -- forward -----------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.base_layer(*args, **kwargs)
+        if self.disable_adapters:
+            return output
+        h = output[0] if isinstance(output, tuple) else output
+        if not isinstance(h, Tensor):
+            raise TypeError(
+                f"{self.name!r} returns {type(h).__name__}. ReFT edits modules that return a tensor, or a tuple that starts "
+                "with one: choose another module in target_modules."
+            )
+        # The output of a block is edited in place, which saves a copy and lets whoever has taken hold of the hidden
+        # state see the edit: transformers collects `hidden_states` with hooks on the wrapped block. Autograd allows it
+        # for any operation that does not keep its own result, and says so when one does.
+        passed_through = any(h is argument for argument in (*args, *kwargs.values()))
+        owned = self.is_block and not passed_through and not (h.is_leaf and h.requires_grad)
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.reft_R:
+                edited = self._edit(h, adapter_name, in_place=owned)
+                owned, h = owned or edited is not h, edited
+        return (h, *output[1:]) if isinstance(output, tuple) else h
+
+    def _edit(self, h: Tensor, adapter_name: str, in_place: bool) -> Tensor:
+        """Edit the selected rows of h [..., D]. Returns h itself, or a copy where it may not be written to."""
+        if self.reft_config[adapter_name].spec.all_tokens:
+            delta = self._delta(h.reshape(1, -1, h.shape[-1]), adapter_name).view(h.shape)
+            return h.add_(delta) if in_place else h + delta
+        selection = self.context.selection(adapter_name, self.name)
+        if selection is None:  # a decode step
+            return h
+        if h.shape[:-1] not in (selection.shape, (selection.shape[0] * selection.shape[1],)):
+            raise ValueError(
+                f"{self.name!r} returns shape {list(h.shape)}, which does not hold one state for each of the batch's "
+                f"{selection.shape[0]} x {selection.shape[1]} tokens. Choose in target_modules a module that works token "
+                "by token, or set positions='all'."
+            )
+        h_TD = h.flatten(0, -2)
+        delta_GND = self._delta(h_TD[selection.index_GN], adapter_name, selection)
+        # Adding, not assigning: spare places add 0 to a token that another place edits.
+        index_T, delta_TD = selection.index_GN.flatten(), delta_GND.flatten(0, 1)
+        edit = h_TD.index_add_ if in_place else h_TD.index_add
+        return edit(0, index_T, delta_TD).view(h.shape)
+
+    def _delta(self, h_GND: Tensor, adapter_name: str, selection: Selection | None = None) -> Tensor:
+        """What the edit adds to the rows h_GND, in their dtype."""
+        config = self.reft_config[adapter_name]
+        intervention = INTERVENTIONS[config.intervention]
+        R, W, b = self._weights(adapter_name)
+        with _full_precision(h_GND.device.type):
+            R_GRD = R if not intervention.orthonormal or not torch.is_grad_enabled() else rotation.tangent(R)
+            wide_GND = h_GND.to(R.dtype)
+            c_GNR = edit_coefficients(intervention, wide_GND, R_GRD, W, b, self._act[adapter_name])
+            delta_GND = c_GNR @ R_GRD
+            if self.training and config.dropout and intervention.has_dropout:
+                delta_GND = F.dropout(wide_GND + delta_GND, config.dropout) - wide_GND
+            if selection is not None:
+                delta_GND = delta_GND.masked_fill(selection.spare_GN[..., None], 0.0)
+        return delta_GND.to(h_GND.dtype)
+
+
+def _full_precision(device_type: str) -> AbstractContextManager:
+    """Leave autocast, so that the edit is computed in the dtype of its weights."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def _state(basis: nn.Parameter) -> tuple[int, int]:
+    """Changes whenever the parameter is replaced or written to."""
+    return id(basis), 0 if basis.is_inference() else basis._version
+
+
+def retract_stale(layers: Iterable[ReftLayer]) -> None:
+    """Make every basis that has changed orthonormal again, those of all the layers at once."""
+    stale = [(layer, name, basis) for layer in layers for name, basis in layer.stale_bases()]
+    if stale:
+        rotation.retract(basis for _, _, basis in stale)
+        for layer, name, _ in stale:
+            layer._mark_clean(name)
+
+
+def _retract_before_saving(layer: nn.Module, *_: Any) -> None:
+    """State dict hook: what is saved as reft_R has orthonormal rows, also right after an optimizer step."""
+    assert isinstance(layer, ReftLayer)
+    retract_stale([layer])
+
+
+def _trust_after_loading(layer: nn.Module, _: Any) -> None:
+    """Load hook: a saved basis is orthonormal, and is used as it was saved, to the bit."""
+    assert isinstance(layer, ReftLayer)
+    for name in layer.reft_R:
+        layer._mark_clean(name)

@@ -1,0 +1,133 @@
+"""ReftModel: puts ReftLayers into a model, and takes them out again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from torch import nn
+
+from .config import ReftConfig
+from .context import ForwardContext
+from .layer import MERGE_REFUSAL, ReftLayer
+from .targets import Target, find_targets
+
+
+class ReftModel(BaseTuner):
+    """Creates a Representation Finetuning (ReFT) model from a pretrained model: arXiv 2404.03592.
+
+    Args:
+        model (`torch.nn.Module`): The model to adapt. It is changed in place, and frozen.
+        config (`ReftConfig`): The configuration of the adapter.
+        adapter_name (`str`): The name of the adapter, `"default"` by default.
+        low_cpu_mem_usage (`bool`): Create the weights on the meta device, to be loaded next.
+
+    Returns:
+        `torch.nn.Module`: The ReFT model.
+
+    Example:
+
+        ```py
+        >>> import peft_reft
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM
+
+        >>> base = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+        >>> model = get_peft_model(base, peft_reft.ReftConfig(r=8, positions="f7+l7", task_type="CAUSAL_LM"))
+        ```
+    """
+
+    prefix: str = "reft_"
+    tuner_layer_cls = ReftLayer
+    target_module_mapping: dict[str, list[str]] = {}  # blocks are found by structure
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # Through __call__, for its hooks: PEFT 0.20 calls `self.model.forward`.
+        return self.model(*args, **kwargs)
+
+    # -- injection ---------------------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # What is noted in the config is noted in a copy: the user's may serve other models.
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        layer = next((module for module in model.modules() if isinstance(module, ReftLayer)), None)
+        self._context = ForwardContext(model) if layer is None else layer.context
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._context.layers = [module for module in model.modules() if isinstance(module, ReftLayer)]
+        self._context.attach(model)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:
+        """Find what to edit, and refuse what can't be done, before anything is changed."""
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and not peft_config.spec.all_tokens:
+            raise ValueError(
+                f"positions={peft_config.positions!r} on an encoder-decoder model ({type(model).__name__}) is not supported "
+                "yet. Set positions='all'."
+            )
+        peft_config = _maybe_include_all_linear_layers(peft_config, model)
+        self._targets: dict[str, Target] = find_targets(model, peft_config)
+        widths = {target.width for target in self._targets.values()}
+        if len(widths) == 1:
+            peft_config.width = widths.pop()
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
+        return key in self._targets
+
+    def _create_and_replace(
+        self,
+        peft_config: ReftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        found = self._targets[current_key]
+        if isinstance(target, ReftLayer):
+            target.update_layer(adapter_name, peft_config, found.width)
+            return
+        layer = ReftLayer(target, self._context, current_key, found.is_block)
+        layer.update_layer(adapter_name, peft_config, found.width)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # a further adapter is not trainable until it is set
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        new_module.training = child.training
+        setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Weights are made in float32. Told not to, give them the dtype of the base model."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        dtype = getattr(self.model, "dtype", None)
+        if not autocast_adapter_dtype and dtype is not None and dtype.is_floating_point:
+            for layer in self._context.layers:
+                layer.cast_adapter(adapter_name, dtype)
+
+    # -- what PEFT offers and ReFT can't ------------------------------------------------------------------------------
+
+    def _check_merge_allowed(self) -> None:
+        raise NotImplementedError(MERGE_REFUSAL)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
+        if adapter_names is not None:  # PEFT would drop it without a word
+            raise NotImplementedError(
+                "adapter_names is not supported by ReFT yet: run a batch for each adapter, with set_adapter before it."
+            )
+        yield
+
+    # -- removal -----------------------------------------------------------------------------------------------------
+
+    def unload(self) -> nn.Module:
+        """Take the adapters off, and return the base model as it was."""
+        model = super().unload()
+        self._context.detach(model)
+        return model

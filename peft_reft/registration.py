@@ -1,0 +1,50 @@
+"""Makes PEFT know the method REFT, as if it were one of its own.
+
+PEFT has no plugin interface: `register_peft_method` refuses a name that the closed enum `PeftType` lacks. So the member
+is added first. The dance is that of the standard library's own enum module, and is the only place where this project
+reaches into another's internals to extend it.
+"""
+
+from __future__ import annotations
+
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import register_peft_method
+
+
+NAME = "REFT"
+
+
+def add_peft_type(name: str) -> PeftType:
+    """Return `PeftType[name]`, added to the enum if it is not there yet."""
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    # Python 3.12 looks members up as class attributes, 3.10 in the member map. EnumType.__setattr__ would refuse.
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    return member
+
+
+def register() -> None:
+    """Register `ReftConfig` and `ReftModel` with PEFT. Does nothing when they are registered already.
+
+    Raises:
+        RuntimeError: when another implementation of REFT is registered.
+    """
+    from .config import ReftConfig
+    from .model import ReftModel
+
+    peft_type = add_peft_type(NAME)
+    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type), PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type)
+    if registered == (None, None):
+        register_peft_method(name=NAME.lower(), config_cls=ReftConfig, model_cls=ReftModel)
+    elif registered != (ReftConfig, ReftModel):
+        raise RuntimeError(
+            f"PEFT already has a method {NAME}, by {registered[0].__module__}. Uninstall one of the two, or, if it is "
+            "PEFT's own, drop `import peft_reft`."
+        )
