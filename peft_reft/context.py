@@ -79,6 +79,14 @@ class ForwardContext:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _state=_CallState())
 
+    @classmethod
+    def of(cls, model: nn.Module) -> ForwardContext:
+        """The context of a model that has ReftLayers already, else a new one."""
+        for module in model.modules():
+            if isinstance(module, ReftLayer) and isinstance(module.context, cls):
+                return module.context
+        return cls(model)
+
     def attach(self, model: nn.Module) -> None:
         """Watch the calls of the model. Does nothing when it is watched already."""
         if not self._handles:
@@ -87,7 +95,7 @@ class ForwardContext:
                 model.register_forward_hook(self._after_forward, always_call=True),
             ]
             if hasattr(model, "generate"):
-                model.generate = _Generate(self, model)
+                model.generate = _Generate(self, model)  # type: ignore[assignment]
 
     def detach(self, model: nn.Module) -> None:
         """Leave the model as it was."""
@@ -219,7 +227,7 @@ class ForwardContext:
 class _Generate:
     """The base model's `generate`, with its prompt noted. An object rather than a closure, to be copied and pickled."""
 
-    def __init__(self, context: ForwardContext, model: nn.Module) -> None:
+    def __init__(self, context: ForwardContext, model: Any) -> None:
         self.context = context
         self.model = model
 
@@ -301,7 +309,7 @@ def _mask_of_width(mask: Any, shape: tuple[int, int]) -> Tensor | None:
     return mask[:, : shape[1]]
 
 
-def _infer_mask(model: nn.Module, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def _infer_mask(model: nn.Module, input_ids: Any, kwargs: dict[str, Any]) -> Tensor:
     """The attention mask of prompts that come without one: padding is the pad token, unless it also ends texts."""
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     pad, eos = (kwargs.get(key, getattr(config, key, None)) for key in ("pad_token_id", "eos_token_id"))

@@ -81,6 +81,16 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 raise
             return getattr(self.base_layer, name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        stale = {name for name, _ in self.stale_bases()}
+        return {**self.__dict__, "_clean": {name: None for name in self.reft_R if name not in stale}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy or an unpickled layer has new parameters, as clean as those they were made from."""
+        super().__setstate__(state)
+        for name in state["_clean"]:
+            self._mark_clean(name)
+
     # -- adapters ----------------------------------------------------------------------------------------------------
 
     def update_layer(self, adapter_name: str, config: ReftConfig, width: int) -> None:
@@ -173,7 +183,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         # state see the edit: transformers collects `hidden_states` with hooks on the wrapped block. Autograd allows it
         # for any operation that does not keep its own result, and says so when one does.
         passed_through = any(h is argument for argument in (*args, *kwargs.values()))
-        owned = self.is_block and not passed_through and not (h.is_leaf and h.requires_grad)
+        owned = self.is_block and not passed_through and _may_be_written(h)
         for adapter_name in self.active_adapters:
             if adapter_name in self.reft_R:
                 edited = self._edit(h, adapter_name, in_place=owned)
@@ -183,7 +193,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def _edit(self, h: Tensor, adapter_name: str, in_place: bool) -> Tensor:
         """Edit the selected rows of h [..., D]. Returns h itself, or a copy where it may not be written to."""
         if self.reft_config[adapter_name].spec.all_tokens:
-            delta = self._delta(h.reshape(1, -1, h.shape[-1]), adapter_name).view(h.shape)
+            # Backward reads the states as they were before the edit.
+            before = h.clone() if in_place and torch.is_grad_enabled() else h
+            delta = self._delta(before.reshape(1, -1, h.shape[-1]), adapter_name).view(h.shape)
             return h.add_(delta) if in_place else h + delta
         selection = self.context.selection(adapter_name, self.name)
         if selection is None:  # a decode step
@@ -216,6 +228,14 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             if selection is not None:
                 delta_GND = delta_GND.masked_fill(selection.spare_GN[..., None], 0.0)
         return delta_GND.to(h_GND.dtype)
+
+
+def _may_be_written(h: Tensor) -> bool:
+    """Whether autograd lets a tensor be changed in place: leaves that need a gradient, and views that a custom function
+    returns (reentrant checkpointing, module backward hooks), it does not."""
+    if h.is_leaf:
+        return not h.requires_grad
+    return not (h._is_view() and isinstance(h.grad_fn, torch.autograd.function.BackwardCFunction))
 
 
 def _full_precision(device_type: str) -> AbstractContextManager:

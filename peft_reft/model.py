@@ -14,7 +14,7 @@ from torch import nn
 from .config import ReftConfig
 from .context import ForwardContext
 from .layer import MERGE_REFUSAL, ReftLayer
-from .targets import Target, find_targets
+from .targets import Target, find_targets, not_a_target
 
 
 class ReftModel(BaseTuner):
@@ -54,8 +54,7 @@ class ReftModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # What is noted in the config is noted in a copy: the user's may serve other models.
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
-        layer = next((module for module in model.modules() if isinstance(module, ReftLayer)), None)
-        self._context = ForwardContext(model) if layer is None else layer.context
+        self._context = ForwardContext.of(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._context.layers = [module for module in model.modules() if isinstance(module, ReftLayer)]
         self._context.attach(model)
@@ -63,23 +62,23 @@ class ReftModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
 
-    def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Find what to edit, and refuse what can't be done, before anything is changed."""
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and not peft_config.spec.all_tokens:
             raise ValueError(
                 f"positions={peft_config.positions!r} on an encoder-decoder model ({type(model).__name__}) is not supported "
                 "yet. Set positions='all'."
             )
-        peft_config = _maybe_include_all_linear_layers(peft_config, model)
+        _maybe_include_all_linear_layers(peft_config, model)
         self._targets: dict[str, Target] = find_targets(model, peft_config)
         widths = {target.width for target in self._targets.values()}
         if len(widths) == 1:
             peft_config.width = widths.pop()
 
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
-        return key in self._targets
+    def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> Any:  # type: ignore[override]
+        return key in self._targets or not_a_target(key, peft_config)
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: ReftConfig,
         adapter_name: str,
@@ -123,6 +122,12 @@ class ReftModel(BaseTuner):
                 "adapter_names is not supported by ReFT yet: run a batch for each adapter, with set_adapter before it."
             )
         yield
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        # PEFT takes the next adapter from the first layer, where there may be none: adapters edit different layers.
+        if not self.active_adapters and self.peft_config:
+            self.set_adapter(next(iter(self.peft_config)))
 
     # -- removal -----------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +30,11 @@ class _Tangent(torch.autograd.Function):
         return R_GRD.view_as(R_GRD)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
 
     @staticmethod
-    def backward(ctx, gradient_GRD: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient_GRD: Tensor) -> Tensor:
         (R_GRD,) = ctx.saved_tensors
         product_GRR = gradient_GRD @ R_GRD.mT
         return gradient_GRD - 0.5 * (product_GRR + product_GRR.mT) @ R_GRD

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
@@ -40,7 +41,7 @@ def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, Target]:
     stack = main_stack(model) if config.target_modules is None else None
     names = list(stack) if stack else _matching_modules(model, config)
     if stack and config.exclude_modules:
-        names = [name for name in names if not _is_excluded(name, config)]
+        names = [name for name in names if not_a_target(name, config) is None]
     if config.layers_to_transform is not None:
         names = _in_layers(names, config)
     if not names:
@@ -64,13 +65,13 @@ def main_stack(model: nn.Module) -> list[str]:
     Raises:
         ValueError: when there is no such list or more than one.
     """
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "get_text_config"):
+    config = _text_config(model)
+    if config is None:
         raise ValueError(
             f"{type(model).__name__} is no transformers model, so its blocks can't be found. Set target_modules to the "
             "modules to edit, for example target_modules=['mlp']."
         )
-    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+    depth = getattr(config, "num_hidden_layers", None)
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         nested = any(name.startswith(f"{outer}.") for outer in lists)
@@ -88,6 +89,12 @@ def main_stack(model: nn.Module) -> list[str]:
             "modules to edit, for example a regex such as target_modules='model.layers.[0-9]+'."
         )
     return [f"{stacks[0]}.{index}" for index in range(len(lists[stacks[0]]))]
+
+
+def _text_config(model: nn.Module) -> Any:
+    """The config of a transformers model, or of its text part, None for other models."""
+    get_text_config = getattr(getattr(model, "config", None), "get_text_config", None)
+    return get_text_config() if get_text_config else None
 
 
 def _unwrap(module: nn.Module) -> nn.Module:
@@ -111,8 +118,9 @@ class _NamesOnly:
     target_parameters: None = None
 
 
-def _is_excluded(name: str, config: ReftConfig) -> bool:
-    return not check_target_module_exists(_NamesOnly(".*", config.exclude_modules, None), name)
+def not_a_target(name: str, config: ReftConfig) -> Any:
+    """False, or, for a name in `exclude_modules`, the false value with which PEFT marks it."""
+    return check_target_module_exists(_NamesOnly("(?!)", config.exclude_modules, None), name)
 
 
 def _in_layers(names: list[str], config: ReftConfig) -> list[str]:
@@ -149,6 +157,7 @@ def _refuse_nesting(model: nn.Module, names: list[str]) -> None:
     for name in names:
         for other in [*wrapped, *names]:
             if name.startswith(f"{other}."):
+                name = name.replace(".base_layer", "")
                 raise ValueError(
                     f"target_modules matches {name!r}, which lies inside {other!r}, itself edited. Edit one or the other: "
                     "narrow target_modules, or give the adapters the same target_modules."
@@ -158,10 +167,7 @@ def _refuse_nesting(model: nn.Module, names: list[str]) -> None:
 def _width(model: nn.Module, name: str, is_block: bool) -> int:
     """Size of the last dimension of a module's output."""
     module = _unwrap(model.get_submodule(name))
-    config = getattr(model, "config", None)
-    hidden_size = (
-        getattr(config.get_text_config(), "hidden_size", None) if hasattr(config, "get_text_config") else None
-    )
+    hidden_size = getattr(_text_config(model), "hidden_size", None)
     if is_block and hidden_size is not None:
         return hidden_size
     while isinstance(module, nn.Sequential) and len(module) > 0:

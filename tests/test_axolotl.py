@@ -1,0 +1,295 @@
+"""The plugin through axolotl's own command line, on a CPU.
+
+The model is a tiny Llama with SmolLM2's tokenizer; `make quickstart` runs the same way on the real SmolLM2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from models import randomize
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from peft_reft import ReftConfig
+
+
+pytest.importorskip("axolotl", reason="needs the extra `axolotl`")
+pytestmark = pytest.mark.slow
+
+LORA = {
+    "adapter": "lora",
+    "lora_r": 4,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "lora_target_linear": True,
+    "peft_layers_to_transform": [0, 2],
+    "sequence_len": 64,
+    "sample_packing": False,
+    "val_set_size": 4,
+    "micro_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "num_epochs": 4,
+    "learning_rate": 0.02,
+    "optimizer": "adamw_torch",
+    "lr_scheduler": "constant",
+    "bf16": False,
+    "fp16": False,
+    "logging_steps": 1,
+    "save_strategy": "epoch",
+    "gradient_checkpointing": True,
+    "seed": 7,
+}
+TO_REFT = {"adapter": "loreft", "plugins": ["peft_reft.integrations.axolotl.ReftPlugin"]}
+
+PROBE = '''
+import json, os
+from collections import Counter
+from axolotl.integrations.base import BasePlugin
+
+
+class Probe(BasePlugin):
+    """Writes down what axolotl made of the config: classes of the modules, dtypes of what is trained."""
+
+    def post_model_load(self, cfg, model):
+        seen = {
+            "adapter": cfg.adapter,
+            "classes": Counter(type(module).__name__ for module in model.modules()),
+            "trained": sorted({str(p.dtype) for p in model.parameters() if p.requires_grad}),
+            "norms": sorted({str(p.dtype) for name, p in model.named_parameters() if "norm" in name}),
+            "config": model.peft_config["default"].to_dict(),
+        }
+        with open(os.environ["PROBE"], "w") as file:
+            json.dump(seen, file, default=str)
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, smollm2) -> Path:
+    """A folder with a base model, a dataset and the probe."""
+    folder = tmp_path_factory.mktemp("axolotl")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    ).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    colours = ["red", "blue", "green", "white"]
+    rows = [{"instruction": f"Colour number {n}?", "input": "", "output": colours[n % 4]} for n in range(20)]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "probe.py").write_text(PROBE)
+    return folder
+
+
+def axolotl(
+    folder: Path, command: str, config: dict, *options: str, name: str = "run", stdin: str = ""
+) -> SimpleNamespace:
+    """Run a command of axolotl in a process of its own, and return what it printed, and the probe's notes."""
+    full = {
+        "base_model": str(folder / "base"),
+        "datasets": [{"path": str(folder / "data.jsonl"), "type": "alpaca"}],
+        "dataset_prepared_path": str(folder / "prepared"),
+        "output_dir": str(folder / name),
+        **config,
+    }
+    if "plugins" in full:
+        full["plugins"] = [*full["plugins"], "probe.Probe"]
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(full))
+    notes = folder / f"{name}.json"
+    notes.unlink(missing_ok=True)
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(folder),
+        "PROBE": str(notes),
+        "HF_HUB_OFFLINE": "1",
+        "AXOLOTL_DO_NOT_TRACK": "1",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "500",
+    }
+    environment.pop("ACCELERATE_USE_CPU", None)
+    run = subprocess.run(
+        ["axolotl", command, str(path), *options],
+        env=environment,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+    output = run.stdout + run.stderr
+    return SimpleNamespace(
+        code=run.returncode,
+        output=output,
+        losses=[float(loss) for loss in re.findall(r"'loss': '?([0-9.]+)", output)],
+        notes=json.loads(notes.read_text()) if notes.exists() else None,
+        out=folder / name,
+    )
+
+
+def logits(folder: Path, adapter: Path) -> torch.Tensor:
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    model = PeftModel.from_pretrained(base, adapter)
+    with torch.no_grad():
+        return model(input_ids=torch.arange(5, 25)[None]).logits
+
+
+@pytest.fixture(scope="module")
+def trained(folder) -> SimpleNamespace:
+    run = axolotl(folder, "train", LORA | TO_REFT, name="trained")
+    assert run.code == 0, run.output[-6000:]
+    return run
+
+
+def test_two_lines_make_a_lora_yaml_a_reft_one(folder, trained):
+    assert len(trained.losses) == 16 and trained.losses[-1] < 0.5 * trained.losses[0]
+    assert trained.notes["classes"]["ReftLayer"] == 2
+    assert trained.notes["adapter"] == "loreft"  # its own name again once the model is loaded
+    config = PeftConfig.from_pretrained(trained.out)
+    assert isinstance(config, ReftConfig)
+    assert (config.r, config.dropout, config.layers_to_transform, config.positions, config.task_type) == (
+        4,
+        0.05,
+        [0, 2],
+        "f7+l7",
+        "CAUSAL_LM",
+    )
+    assert not torch.equal(logits(folder, trained.out), logits(folder, trained.out / "checkpoint-4"))
+    warnings = re.findall(r"has no use for these LoRA keys, ignored: (.*)", trained.output)
+    assert warnings == ["lora_alpha, lora_target_linear"]
+
+
+def test_resume_from_a_checkpoint_ends_where_the_whole_run_does(folder, trained):
+    checkpoint = trained.out / "checkpoint-8"
+    config = LORA | TO_REFT | {"resume_from_checkpoint": str(checkpoint)}
+    run = axolotl(folder, "train", config, name="resumed")
+    assert run.code == 0, run.output[-6000:]
+    assert len(run.losses) == 8
+    assert run.losses == pytest.approx(trained.losses[8:], abs=2e-3)
+    torch.testing.assert_close(logits(folder, run.out), logits(folder, trained.out), rtol=0, atol=1e-4)
+
+
+def test_training_goes_on_from_lora_model_dir(folder, trained):
+    config = LORA | TO_REFT | {"lora_model_dir": str(trained.out), "max_steps": 2, "reft": {"positions": "l1"}}
+    run = axolotl(folder, "train", config, name="continued")
+    assert run.code == 0, run.output[-6000:]
+    assert run.losses[0] < 0.7 * trained.losses[0]
+    assert "keeps its own settings, not the YAML's: positions ('l1' in the YAML)" in run.output
+    assert PeftConfig.from_pretrained(run.out).positions == "f7+l7"
+
+
+def test_inference_and_evaluate(folder, trained):
+    config = LORA | TO_REFT | {"lora_model_dir": str(trained.out)}
+    asked = axolotl(
+        folder, "inference", config, "--prompter", "AlpacaPrompter", name="asked", stdin="Colour number 3?"
+    )
+    assert asked.code == 0, asked.output[-6000:]
+    assert "ReftLayer" in asked.notes["classes"]
+    assert "### Response:" in asked.output
+    judged = axolotl(folder, "evaluate", config, name="judged")
+    assert judged.code == 0, judged.output[-6000:]
+    loss = float(re.search(r"loss,([0-9.]+)", (judged.out / "eval_summary.csv").read_text())[1])
+    assert loss < 0.7 * trained.losses[0]
+
+
+def test_merging_stops_with_the_reason_and_writes_nothing(folder, trained):
+    run = axolotl(folder, "merge-lora", LORA | TO_REFT | {"lora_model_dir": str(trained.out)}, name="merged")
+    assert run.code != 0
+    assert "adapter: loreft can't be merged into the base model" in run.output
+    assert not (folder / "merged" / "merged").exists() and not (trained.out / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    "key, quantized, adapter", [("load_in_4bit", "Linear4bit", "loreft"), ("load_in_8bit", "Linear8bitLt", "direft")]
+)
+def test_quantized_bases_are_quantized_and_prepared_as_for_lora(folder, key, quantized, adapter):
+    config = LORA | TO_REFT | {"adapter": adapter, key: True, "max_steps": 8}
+    run = axolotl(folder, "train", config, name=key)
+    assert run.code == 0, run.output[-6000:]
+    assert run.notes["classes"][quantized] == 3 * 7
+    assert run.notes["trained"] == ["torch.float32"] and run.notes["config"]["intervention"] == adapter
+    assert "prepare_model_for_kbit_training" in run.output
+    assert run.losses[-1] < 0.9 * run.losses[0]
+    lora = axolotl(folder, "train", lora_with_probe(config), name=f"{key}_lora")
+    assert lora.code == 0, lora.output[-6000:]
+    assert lora.notes["classes"][quantized] == run.notes["classes"][quantized]
+    assert lora.notes["norms"] == run.notes["norms"]
+
+
+def lora_with_probe(config: dict) -> dict:
+    name = "qlora" if config.get("load_in_4bit") else "lora"
+    return config | {"adapter": name, "plugins": [], "peft_layers_to_transform": None, "max_steps": 1}
+
+
+def test_reft_block_and_other_keys(folder):
+    config = LORA | TO_REFT
+    config |= {
+        "adapter": "nodireft",
+        "peft_autocast_adapter_dtype": True,
+        "lora_modules_to_save": ["lm_head"],
+        "max_steps": 2,
+        "reft": {"positions": "f3", "act_fn": "gelu", "target_modules": ["mlp"], "init_weights": "pyreft"},
+    }
+    config["gradient_checkpointing"] = False
+    run = axolotl(folder, "train", config, name="block")
+    assert run.code == 0, run.output[-6000:]
+    saved = run.notes["config"]
+    assert (saved["intervention"], saved["positions"], saved["act_fn"]) == ("nodireft", "f3", "gelu")
+    assert (saved["target_modules"], saved["modules_to_save"]) == (["mlp"], ["lm_head"])
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"plugins": []}, r"Adapter 'loreft' is not built in.*`plugins:`"),
+        ({"reft": {"positions": "f7-l7"}}, r"positions='f7-l7' does not parse"),
+        ({"reft": {"position": "f7+l7"}}, r"reft.position"),
+        ({"lora_r": 0}, r"r=0 is not allowed.*lora_r sets r"),
+        ({"adapter": "lora", "reft": {"positions": "f1"}}, r"reft: is set, but adapter: lora is not a ReFT adapter"),
+        ({"peft_layers_to_transform": [9]}, r"layers_to_transform=\[9\] asks for layers that don't exist: \[9\]"),
+        ({"train_on_inputs": True}, r"no prompt tokens to edit.*train_on_inputs"),
+    ],
+    ids=str,
+)
+def test_bad_yaml_stops_with_the_reason(folder, config, message):
+    run = axolotl(folder, "train", LORA | TO_REFT | config, name="bad")
+    assert run.code != 0
+    assert re.search(message, run.output), run.output[-6000:]
+    assert not list(folder.glob("bad/*.safetensors"))
+
+
+def test_an_adapter_of_another_kind_in_lora_model_dir(folder, trained, tmp_path):
+    config = LORA | TO_REFT | {"adapter": "direft", "lora_model_dir": str(trained.out)}
+    run = axolotl(folder, "inference", config, name="other_kind", stdin="x")
+    assert run.code != 0 and re.search("holds an adapter of kind loreft.*Set adapter: loreft", run.output)
+
+
+def test_the_model_of_this_test_is_not_trivial(folder):
+    """The tiny model's edits show in its logits."""
+    from peft import get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    ids = torch.arange(5, 25)[None]
+    plain = base(input_ids=ids).logits
+    model = get_peft_model(base, ReftConfig(r=4))
+    randomize(model)
+    assert (model(input_ids=ids).logits - plain).abs().max() > 1e-3

@@ -1,0 +1,192 @@
+"""The right tokens are edited while generating: the prompt's, whatever the way it is run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import DECODERS, PAD, build, prompts, randomize
+from peft import PeftModel, get_peft_model
+
+from peft_reft import ReftConfig
+
+
+NEW = 8
+
+
+def adapted(name: str = "llama", **settings) -> PeftModel:
+    settings = {"r": 4, "positions": "f2+l3", "task_type": "CAUSAL_LM", **settings}
+    model = get_peft_model(build(name), ReftConfig(**settings))
+    randomize(model)
+    return model.eval()
+
+
+def generate(model: PeftModel, batch: dict, **options) -> torch.Tensor:
+    """The new tokens alone. No end token, so that rows are of one length."""
+    torch.manual_seed(0)
+    options = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None, **options}
+    return model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+
+
+def one_by_one(model: PeftModel, *lengths: int, **options) -> torch.Tensor:
+    """Each prompt of `prompts(*lengths)` alone, without padding."""
+    batch = prompts(*lengths)
+    rows = []
+    for ids, mask in zip(batch["input_ids"], batch["attention_mask"]):
+        rows.append(generate(model, {"input_ids": ids[mask.bool()][None]}, **options))
+    return torch.cat(rows)
+
+
+def padded(*lengths: int, side: str) -> dict[str, torch.Tensor]:
+    """The prompts of `prompts(*lengths)`, padded on a side."""
+    batch = prompts(*lengths)
+    if side == "left":
+        shifts = [max(lengths) - n for n in lengths]
+        batch = {k: torch.stack([row.roll(shift) for row, shift in zip(v, shifts)]) for k, v in batch.items()}
+    return batch
+
+
+def by_teacher_forcing(model: PeftModel, prompt: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+    """Greedy tokens that a single pass over prompt and answer predicts for the answer."""
+    ids = torch.cat([prompt, answer], dim=1)
+    labels = ids.clone()
+    labels[:, : prompt.shape[1]] = -100
+    with torch.no_grad():
+        predicted = model(input_ids=ids, labels=labels).logits.argmax(dim=-1)
+    return predicted[:, prompt.shape[1] - 1 : -1]
+
+
+@pytest.mark.parametrize("positions", ["f2+l3", "f1", "l2", "f7+l7", "all"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_teacher_forcing_and_generation_agree(name, positions):
+    model = adapted(name, positions=positions)
+    prompt = prompts(9)["input_ids"]
+    answer = generate(model, {"input_ids": prompt})
+    with model.disable_adapter(), torch.no_grad():
+        plain = model(input_ids=prompt).logits
+    with torch.no_grad():
+        assert (model(input_ids=prompt).logits - plain).abs().max() > 0.1  # the edit is there to be seen
+    assert torch.equal(by_teacher_forcing(model, prompt, answer), answer)
+    # and the same in one pass with prompt_lengths in place of labels
+    ids = torch.cat([prompt, answer], dim=1)
+    with torch.no_grad():
+        told = model(input_ids=ids, prompt_lengths=torch.tensor([9])).logits.argmax(dim=-1)
+    assert torch.equal(told[:, 8:-1], answer)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_logits_of_a_padded_batch_are_those_of_each_prompt_alone(name, side):
+    model, lengths = adapted(name), (9, 4, 2, 1)
+    batch = padded(*lengths, side=side)
+    position_ids = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        together = model(**batch, position_ids=position_ids).logits
+        for row, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"])):
+            alone = model(input_ids=ids[mask.bool()][None]).logits
+            torch.testing.assert_close(together[row][mask.bool()][None], alone, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_left_padded_batches_of_unequal_prompts(name):
+    model, lengths = adapted(name), (9, 4, 2, 1)
+    assert torch.equal(generate(model, padded(*lengths, side="left")), one_by_one(model, *lengths))
+
+
+def test_right_padded_prompts_edit_the_same_tokens():
+    """A decoder reads right padding as text, with or without ReFT, but the edited tokens are the prompt's."""
+    model = adapted(positions="l1")
+    batch = padded(9, 4, side="right")
+    edited = []
+    block = model.base_model.model.model.layers[0]
+    block.base_layer.register_forward_hook(lambda module, args, output: edited.append(output.clone()))
+    block.register_forward_hook(lambda module, args, output: edited.append(output.clone()))
+    generate(model, batch, max_new_tokens=3)
+    changed = [(after != before).any(dim=-1).nonzero().tolist() for before, after in zip(edited[::2], edited[1::2])]
+    assert changed == [[[0, 8], [1, 3]], [], []]  # once, in the prefill
+
+
+def test_padding_that_generate_infers_from_the_pad_token():
+    model, lengths = adapted(), (9, 4)
+    batch = padded(*lengths, side="left")
+    ids = {"input_ids": batch["input_ids"]}
+    assert (ids["input_ids"] == PAD).any()
+    # eos_token_id is given, for a pad token that also ends texts is no padding
+    options = {"pad_token_id": PAD, "eos_token_id": 96}
+    assert torch.equal(generate(model, ids, **options), generate(model, batch, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_cache": False},
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"cache_implementation": "static"},
+    ],
+    ids=str,
+)
+def test_ways_of_decoding(options):
+    """Left-padded rows give what each prompt gives alone, and sampling is reproducible."""
+    model, lengths = adapted(), (9, 4)
+    together = generate(model, padded(*lengths, side="left"), **options)
+    if options.get("do_sample"):
+        assert together.shape[0] == 6
+        assert torch.equal(together, generate(model, padded(*lengths, side="left"), **options))
+        return
+    assert torch.equal(together, one_by_one(model, *lengths, **options))
+
+
+def test_sampling_draws_from_the_edited_model():
+    """With top_k=1 sampling is greedy, so that it can be compared token by token."""
+    model, lengths = adapted(), (9, 4)
+    batch = padded(*lengths, side="left")
+    assert torch.equal(generate(model, batch, do_sample=True, top_k=1), one_by_one(model, *lengths))
+
+
+def test_inputs_embeds():
+    model = adapted()
+    ids = prompts(9)["input_ids"]
+    embeds = model.get_input_embeddings()(ids)
+    answer = model.generate(inputs_embeds=embeds, max_new_tokens=NEW, do_sample=False, eos_token_id=None)
+    assert torch.equal(answer[:, -NEW:], generate(model, {"input_ids": ids}))
+
+
+def test_prompt_lengths_in_generate():
+    """Only the first 4 tokens are the prompt; the rest of what is given is the start of an answer."""
+    model = adapted(positions="l1")
+    ids = prompts(9)["input_ids"]
+    told = generate(model, {"input_ids": ids}, prompt_lengths=torch.tensor([4]))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    with torch.no_grad():
+        expected = model(input_ids=ids, labels=labels).logits[:, -1].argmax(dim=-1)
+    assert told[0, 0] == expected
+    assert not torch.equal(told, generate(model, {"input_ids": ids}))
+
+
+def test_decode_steps_outside_generate():
+    model = adapted()
+    ids = prompts(9)["input_ids"]
+    answer = generate(model, {"input_ids": ids})
+    with torch.no_grad():
+        step = model(input_ids=ids, use_cache=True)
+        tokens = [step.logits[:, -1:].argmax(dim=-1)]
+        while len(tokens) < NEW:
+            step = model(input_ids=tokens[-1], past_key_values=step.past_key_values, use_cache=True)
+            tokens.append(step.logits[:, -1:].argmax(dim=-1))
+        assert torch.equal(torch.cat(tokens, dim=1), answer)
+        # a prompt fed in two parts, with its length told
+        cache = model(input_ids=ids[:, :5], prompt_lengths=torch.tensor([9]), use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="continues a cache of 5.*prompt_lengths"):
+            model(input_ids=ids[:, 5:], past_key_values=cache)
+
+
+def test_the_base_model_is_watched_too():
+    """generate of the wrapped model, as pipelines and transformers' own integration call it."""
+    model = adapted()
+    ids = prompts(9)["input_ids"]
+    assert torch.equal(
+        model.get_base_model().generate(input_ids=ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None)[:, 9:],
+        generate(model, {"input_ids": ids}),
+    )

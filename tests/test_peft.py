@@ -1,0 +1,249 @@
+"""What PEFT offers to every tuner."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import build, prompts, randomize, weight
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+)
+from safetensors.torch import load_file
+
+from peft_reft import ReftConfig, ReftLayer, ReftModel
+from peft_reft.registration import register
+
+
+BATCH = prompts(9, 4)
+
+
+def labelled(batch: dict) -> dict:
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels[:, :3] = -100
+    return {**batch, "labels": labels}
+
+
+def adapted(r: int = 4, **settings) -> PeftModel:
+    settings = {"positions": "f2+l2", "task_type": "CAUSAL_LM", **settings}
+    model = get_peft_model(build("llama"), ReftConfig(r=r, **settings))
+    randomize(model)
+    return model.eval()
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**BATCH).logits
+
+
+def test_registering_twice_does_nothing():
+    register()
+    assert PeftConfig.from_peft_type(peft_type="REFT").__class__ is ReftConfig
+    assert isinstance(adapted().base_model, ReftModel)
+
+
+def test_trainable_parameters(capsys):
+    model = adapted()
+    model.print_trainable_parameters()
+    # 3 layers x 2 groups x (R and W of 4 x 32, b of 4)
+    assert f"trainable params: {3 * 2 * (2 * 4 * 32 + 4):,} ||" in capsys.readouterr().out
+
+
+def test_save_and_load_in_a_fresh_process(tmp_path):
+    model = adapted()
+    model.base_model.model.save_pretrained  # noqa: B018 (the base is saved from a fresh build below)
+    build("llama").save_pretrained(tmp_path / "base")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    torch.save({"batch": BATCH, "logits": logits(model)}, tmp_path / "expected.pt")
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(saved) == 9 and all(".reft_" in key for key in saved)
+    script = """
+import sys, torch, peft_reft
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM
+folder = sys.argv[1]
+expected = torch.load(f"{folder}/expected.pt", weights_only=True)
+base = AutoModelForCausalLM.from_pretrained(f"{folder}/base")
+for model in (PeftModel.from_pretrained(base, f"{folder}/adapter"),
+              AutoPeftModelForCausalLM.from_pretrained(f"{folder}/adapter"),
+              AutoPeftModelForCausalLM.from_pretrained(f"{folder}/adapter", low_cpu_mem_usage=True)):
+    with torch.no_grad():
+        assert torch.equal(model(**expected["batch"]).logits, expected["logits"])
+    assert not any(p.requires_grad for p in model.parameters())
+print("same logits")
+"""
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert "same logits" in run.stdout, run.stderr[-3000:]
+
+
+def test_config_round_trip(tmp_path):
+    config = ReftConfig(
+        r=3,
+        intervention="direft",
+        positions="l4",
+        dropout=0.1,
+        act_fn="gelu",
+        layers_to_transform=[1],
+        task_type="CAUSAL_LM",
+    )
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path) == ReftConfig.from_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert stored["peft_type"] == "REFT" and stored["intervention"] == "direft" and stored["target_modules"] is None
+
+
+def test_training_goes_on_after_loading_exactly_as_without(tmp_path):
+    def step(model, optimizer):
+        model.train()(**labelled(BATCH)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def optimizer_of(model):
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+
+    torch.manual_seed(0)
+    model = adapted()
+    optimizer = optimizer_of(model)
+    for _ in range(3):
+        step(model, optimizer)
+    model.save_pretrained(tmp_path)
+    state = copy.deepcopy(optimizer.state_dict())
+    resumed = PeftModel.from_pretrained(build("llama"), tmp_path, is_trainable=True)
+    resumed_optimizer = optimizer_of(resumed)
+    resumed_optimizer.load_state_dict(state)
+    for _ in range(3):
+        step(model, optimizer)
+        step(resumed, resumed_optimizer)
+    for (name, ours), (_, theirs) in zip(model.state_dict().items(), resumed.state_dict().items()):
+        assert torch.equal(ours, theirs), name
+
+
+def test_disable_adapter_and_unload_give_the_base_model_back():
+    base = build("llama")
+    plain, modules = logits(base), [type(m) for m in base.modules()]
+    model = get_peft_model(base, ReftConfig(r=4, positions="f2+l2"))
+    randomize(model)
+    assert not torch.equal(logits(model), plain)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+        generated = model.generate(**BATCH, max_new_tokens=4, do_sample=False)
+    assert not torch.equal(logits(model), plain)
+    unloaded = model.unload()
+    assert unloaded is base
+    assert [type(m) for m in base.modules()] == modules
+    assert not base._forward_pre_hooks and not base._forward_hooks and "generate" not in base.__dict__
+    assert torch.equal(logits(base), plain)
+    assert torch.equal(base.generate(**BATCH, max_new_tokens=4, do_sample=False), generated)
+
+
+@pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter"])
+def test_merging_is_refused_and_changes_nothing(how):
+    model = adapted()
+    before = logits(model)
+    with pytest.raises(NotImplementedError, match="can't be merged: it edits hidden states at chosen positions"):
+        getattr(model, how)()
+    assert torch.equal(logits(model), before)
+    assert sum(isinstance(m, ReftLayer) for m in model.modules()) == 3
+
+
+def test_several_adapters(tmp_path):
+    model = adapted()
+    first = logits(model)
+    model.add_adapter("other", ReftConfig(r=2, positions="l3", layers_to_transform=[1], intervention="direft"))
+    assert torch.equal(logits(model), first)
+    model.set_adapter("other")
+    randomize(model.base_model.model.model.layers[1].reft_W, seed=3)
+    with torch.no_grad():
+        weight(model.base_model.model.model.layers[1], "b", "other").fill_(1.0)
+    second = logits(model)
+    assert not torch.allclose(first, second)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable and all(name.endswith(".other") for name in trainable)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.save_pretrained(tmp_path)
+    model.delete_adapter("default")
+    assert model.active_adapters == ["other"]
+    assert torch.equal(logits(model), second)
+    assert not any(".default" in name for name, _ in model.named_parameters())
+
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path)
+    loaded.load_adapter(tmp_path / "other", adapter_name="other")
+    assert torch.equal(logits(loaded), first)
+    loaded.set_adapter("other")
+    assert torch.equal(logits(loaded), second)
+    loaded.base_model.set_adapter(["default", "other"])  # both, one after the other
+    assert not torch.allclose(logits(loaded), first) and not torch.allclose(logits(loaded), second)
+
+
+def test_one_config_serves_models_of_different_widths():
+    config = ReftConfig(r=4)
+    get_peft_model(build("llama"), config)
+    assert config.width is None and config.target_modules is None
+    net = torch.nn.ModuleDict({"lin": torch.nn.Linear(8, 16)})
+    net.forward = lambda x: net["lin"](x)
+    config.target_modules, config.positions = ["lin"], "all"
+    assert get_peft_model(net, config).peft_config["default"].width == 16
+
+
+def test_adapter_names_are_refused_rather_than_dropped():
+    with pytest.raises(NotImplementedError, match="adapter_names"):
+        adapted()(**BATCH, adapter_names=["default", "__base__"])
+
+
+def test_copies_and_pickles_are_independent(tmp_path):
+    model = adapted()
+    expected = logits(model)
+    generated = model.generate(**BATCH, max_new_tokens=4, do_sample=False)
+    twin = copy.deepcopy(model)
+    torch.save(model, tmp_path / "model.pt")
+    with torch.no_grad():
+        weight(model.base_model.model.model.layers[0], "b").add_(1.0)
+    assert not torch.equal(logits(model), expected)
+    for other in (twin, torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert torch.equal(logits(other), expected)
+        assert torch.equal(other.generate(**BATCH, max_new_tokens=4, do_sample=False), generated)
+
+
+def test_injection_without_a_peft_model():
+    base = inject_adapter_in_model(ReftConfig(r=4, positions="f2+l2", task_type="CAUSAL_LM"), build("llama"))
+    plain = logits(build("llama"))
+    assert torch.equal(logits(base), plain)
+    randomize(base)
+    assert torch.equal(logits(base), logits(adapted()))
+
+
+def test_statuses():
+    model = adapted()
+    status = model.get_model_status()
+    assert status.peft_types == {"default": "REFT"} and status.num_adapter_layers == 3 and status.enabled is True
+    assert [layer.name for layer in model.get_layer_status()] == [f"model.model.layers.{i}" for i in range(3)]
+
+
+def test_modules_to_save(tmp_path):
+    model = adapted(modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2.0)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert any("lm_head" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    assert torch.equal(logits(PeftModel.from_pretrained(build("llama"), tmp_path)), expected)
+
+
+def test_auto_classes_know_reft():
+    assert AutoPeftModelForCausalLM is not None
+    assert "REFT" in [str(t.value) for t in type(ReftConfig().peft_type)]
