@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from peft import TaskType
 from torch import Tensor, nn
 
+from .checkpointing import bind_checkpoints, unbind_checkpoints
 from .config import ReftConfig
 from .layer import ReftLayer, retract_stale
 from .positions import (
@@ -69,7 +70,8 @@ class ForwardContext:
     def __init__(self, model: nn.Module) -> None:
         self.layers: list[ReftLayer] = []
         self.parameters = tuple(inspect.signature(model.forward).parameters)
-        self.labels_are_answers = bool(getattr(model, "can_generate", lambda: False)())
+        # Where the task is not given: labels of a transformers model that can't generate are no answers.
+        self.labels_are_answers = bool(getattr(model, "can_generate", lambda: True)())
         self._state = _CallState()
         self._handles: list[Any] = []
 
@@ -102,6 +104,7 @@ class ForwardContext:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        unbind_checkpoints(model.modules())
         model.__dict__.pop("generate", None)
 
     def selection(self, adapter_name: str, layer_name: str) -> Selection | None:
@@ -115,8 +118,8 @@ class ForwardContext:
             raise RuntimeError(
                 f"{layer_name!r} ran without a Selection: it was called outside a forward of the whole model, so ReFT can't "
                 "know which tokens to edit. Call the PeftModel (or its base model), not a part of it. If the call came "
-                "from the backward pass of gradient checkpointing, set target_modules to whole blocks (leave it out), "
-                "which are edited outside the part that is recomputed."
+                "from the backward pass of activation checkpointing, leave target_modules out: whole blocks are edited "
+                "outside the part that is recomputed."
             )
         return selections[adapter_name]
 
@@ -126,21 +129,42 @@ class ForwardContext:
         batch = {**dict(zip(self.parameters, args)), **kwargs}
         kwargs = {key: value for key, value in kwargs.items() if key not in TOLD}
         self._state.selections = {}
-        layer = next((layer for layer in self.layers if not layer.disable_adapters), None)
-        if layer is None:
-            return args, kwargs
         retract_stale(self.layers)
-        configs = {name: config for other in self.layers for name, config in other.reft_config.items()}
+        if model.training and not all(layer.is_block for layer in self.layers):
+            bind_checkpoints(model.modules(), self._remember)
         by_kind: dict[tuple, Selection | None] = {}
-        for name in layer.active_adapters:
-            config = configs.get(name)
-            if config is None or config.spec.all_tokens:
-                continue
+        for name, config in self._positioned().items():
             kind = (config.spec, config.groups, config.task_type)
             if kind not in by_kind:
                 by_kind[kind] = self._select(model, config, batch)
             self._state.selections[name] = by_kind[kind]
         return args, kwargs
+
+    def _remember(self) -> Callable[[], AbstractContextManager]:
+        """For a recompute in backward: a context in which this forward's selections hold."""
+        selections = self._state.selections
+
+        @contextmanager
+        def as_in_this_forward() -> Iterator[None]:
+            before, self._state.selections = self._state.selections, selections
+            try:
+                yield
+            finally:
+                self._state.selections = before
+
+        return as_in_this_forward
+
+    def _positioned(self) -> dict[str, ReftConfig]:
+        """The adapters in use that edit chosen positions, rather than all."""
+        layer = next((layer for layer in self.layers if not layer.disable_adapters), None)
+        if layer is None:
+            return {}
+        configs = {name: config for other in self.layers for name, config in other.reft_config.items()}
+        return {
+            name: configs[name]
+            for name in layer.active_adapters
+            if name in configs and not configs[name].spec.all_tokens
+        }
 
     def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
         self._state.selections = None
@@ -162,6 +186,8 @@ class ForwardContext:
         width = past + shape[1]
         if "intervention_mask" in told:
             first_BS, last_BS = masks_from_intervention_mask(told["intervention_mask"], shape, config.groups, device)
+            if model.training:
+                _refuse_empty(first_BS | last_BS, config, "intervention_mask")
             return select(first_BS, last_BS, config.groups, None)
         labels = self._labels(config, batch)
         if labels is None and not told and model.training and self._reads_labels(config):
@@ -180,7 +206,7 @@ class ForwardContext:
         )
         first_BS, last_BS = first_and_last(prompts, config.spec)
         if labels is not None or told:
-            _refuse_empty(prompts, config, "labels" if labels is not None and not told else "prompt_lengths")
+            _refuse_empty(prompts.prompt_BS, config, "prompt_lengths" if told else "labels")
         places = None if prompts.sequences is None else _places(config, shape[0])
         return select(first_BS[:, past:], last_BS[:, past:], config.groups, places)
 
@@ -197,11 +223,14 @@ class ForwardContext:
     @contextmanager
     def generating(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Note the prompt that a `generate` is given, and yield the arguments to pass on."""
+        kwargs = dict(kwargs)
+        told = {key: kwargs.pop(key, None) for key in TOLD}
+        if not self._positioned():
+            yield kwargs
+            return
         inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         embeds = kwargs.get("inputs_embeds")
         tokens = embeds if embeds is not None else inputs
-        kwargs = dict(kwargs)
-        told = {key: kwargs.pop(key, None) for key in TOLD}
         if tokens is None:
             raise ValueError("generate was given no prompt, but ReFT edits tokens of the prompt. Pass input_ids.")
         shape = (tokens.shape[0], tokens.shape[1])
@@ -319,15 +348,17 @@ def _infer_mask(model: nn.Module, input_ids: Any, kwargs: dict[str, Any]) -> Ten
     return (input_ids != pad).long()
 
 
-def _refuse_empty(prompts: Prompts, config: ReftConfig, source: str) -> None:
-    """A batch that is to be edited and has no prompt at all."""
-    if not torch.compiler.is_compiling() and not bool(prompts.prompt_BS.any()):
-        cause = (
-            "no label of -100 stands before an answer (is train_on_inputs set, or is this plain text?)"
-            if source == "labels"
-            else "prompt_lengths is 0 for every row"
-        )
+EMPTY = {
+    "labels": "no label of -100 stands before an answer (is train_on_inputs set, or is this plain text?)",
+    "prompt_lengths": "prompt_lengths is 0 for every row",
+    "intervention_mask": "intervention_mask is 0 everywhere",
+}
+
+
+def _refuse_empty(mask_BS: Tensor, config: ReftConfig, source: str) -> None:
+    """A batch that is to be edited and has nothing to edit."""
+    if not torch.compiler.is_compiling() and not bool(mask_BS.any()):
         raise ValueError(
-            f"positions={config.positions!r}: the batch has no prompt tokens to edit: {cause}. Mask the prompt with -100 in "
+            f"positions={config.positions!r}: the batch has no prompt tokens to edit: {EMPTY[source]}. Mask the prompt with -100 in "
             "labels, or pass prompt_lengths [batch], or set positions='all'."
         )

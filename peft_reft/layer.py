@@ -206,6 +206,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 f"{selection.shape[0]} x {selection.shape[1]} tokens. Choose in target_modules a module that works token "
                 "by token, or set positions='all'."
             )
+        selection = selection.to(h.device)
         h_TD = h.flatten(0, -2)
         delta_GND = self._delta(h_TD[selection.index_GN], adapter_name, selection)
         # Adding, not assigning: spare places add 0 to a token that another place edits.

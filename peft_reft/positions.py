@@ -80,6 +80,12 @@ class Selection:
     index_GN: Tensor
     spare_GN: Tensor
 
+    def to(self, device: torch.device) -> Selection:
+        """The same on another device, for a model that is spread over several."""
+        if self.index_GN.device == device:
+            return self
+        return Selection(self.shape, self.index_GN.to(device), self.spare_GN.to(device))
+
 
 @dataclass(frozen=True)
 class Prompts:

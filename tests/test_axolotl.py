@@ -1,6 +1,7 @@
 """The plugin through axolotl's own command line, on a CPU.
 
-The model is a tiny Llama with SmolLM2's tokenizer; `make quickstart` runs the same way on the real SmolLM2.
+The model is SmolLM2 cut down to its first 4 layers, which is quick and still learns; `make quickstart` runs the same way on
+the whole of it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from models import randomize
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_reft import ReftConfig
 
@@ -39,7 +39,7 @@ LORA = {
     "micro_batch_size": 4,
     "gradient_accumulation_steps": 1,
     "num_epochs": 4,
-    "learning_rate": 0.02,
+    "learning_rate": 0.01,
     "optimizer": "adamw_torch",
     "lr_scheduler": "constant",
     "bf16": False,
@@ -78,21 +78,7 @@ def folder(tmp_path_factory, smollm2) -> Path:
     """A folder with a base model, a dataset and the probe."""
     folder = tmp_path_factory.mktemp("axolotl")
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    ).save_pretrained(folder / "base")
+    AutoModelForCausalLM.from_pretrained(smollm2, num_hidden_layers=4).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     colours = ["red", "blue", "green", "white"]
     rows = [{"instruction": f"Colour number {n}?", "input": "", "output": colours[n % 4]} for n in range(20)]
@@ -105,6 +91,8 @@ def axolotl(
     folder: Path, command: str, config: dict, *options: str, name: str = "run", stdin: str = ""
 ) -> SimpleNamespace:
     """Run a command of axolotl in a process of its own, and return what it printed, and the probe's notes."""
+    if command != "merge-lora" and name != "trained":
+        options = (*options, "--launcher", "python")  # one import of axolotl less than by way of accelerate
     full = {
         "base_model": str(folder / "base"),
         "datasets": [{"path": str(folder / "data.jsonl"), "type": "alpaca"}],
@@ -184,7 +172,7 @@ def test_resume_from_a_checkpoint_ends_where_the_whole_run_does(folder, trained)
     run = axolotl(folder, "train", config, name="resumed")
     assert run.code == 0, run.output[-6000:]
     assert len(run.losses) == 8
-    assert run.losses == pytest.approx(trained.losses[8:], abs=2e-3)
+    assert run.losses == pytest.approx(trained.losses[8:], rel=1e-2)
     torch.testing.assert_close(logits(folder, run.out), logits(folder, trained.out), rtol=0, atol=1e-4)
 
 
@@ -192,7 +180,7 @@ def test_training_goes_on_from_lora_model_dir(folder, trained):
     config = LORA | TO_REFT | {"lora_model_dir": str(trained.out), "max_steps": 2, "reft": {"positions": "l1"}}
     run = axolotl(folder, "train", config, name="continued")
     assert run.code == 0, run.output[-6000:]
-    assert run.losses[0] < 0.7 * trained.losses[0]
+    assert run.losses[0] < 0.5 * trained.losses[0]
     assert "keeps its own settings, not the YAML's: positions ('l1' in the YAML)" in run.output
     assert PeftConfig.from_pretrained(run.out).positions == "f7+l7"
 
@@ -208,7 +196,7 @@ def test_inference_and_evaluate(folder, trained):
     judged = axolotl(folder, "evaluate", config, name="judged")
     assert judged.code == 0, judged.output[-6000:]
     loss = float(re.search(r"loss,([0-9.]+)", (judged.out / "eval_summary.csv").read_text())[1])
-    assert loss < 0.7 * trained.losses[0]
+    assert loss < 0.5 * trained.losses[0]
 
 
 def test_merging_stops_with_the_reason_and_writes_nothing(folder, trained):
@@ -225,7 +213,7 @@ def test_quantized_bases_are_quantized_and_prepared_as_for_lora(folder, key, qua
     config = LORA | TO_REFT | {"adapter": adapter, key: True, "max_steps": 8}
     run = axolotl(folder, "train", config, name=key)
     assert run.code == 0, run.output[-6000:]
-    assert run.notes["classes"][quantized] == 3 * 7
+    assert run.notes["classes"][quantized] == 4 * 7
     assert run.notes["trained"] == ["torch.float32"] and run.notes["config"]["intervention"] == adapter
     assert "prepare_model_for_kbit_training" in run.output
     assert run.losses[-1] < 0.9 * run.losses[0]
@@ -281,15 +269,3 @@ def test_an_adapter_of_another_kind_in_lora_model_dir(folder, trained, tmp_path)
     config = LORA | TO_REFT | {"adapter": "direft", "lora_model_dir": str(trained.out)}
     run = axolotl(folder, "inference", config, name="other_kind", stdin="x")
     assert run.code != 0 and re.search("holds an adapter of kind loreft.*Set adapter: loreft", run.output)
-
-
-def test_the_model_of_this_test_is_not_trivial(folder):
-    """The tiny model's edits show in its logits."""
-    from peft import get_peft_model
-
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    ids = torch.arange(5, 25)[None]
-    plain = base(input_ids=ids).logits
-    model = get_peft_model(base, ReftConfig(r=4))
-    randomize(model)
-    assert (model(input_ids=ids).logits - plain).abs().max() > 1e-3

@@ -42,6 +42,41 @@ def test_same_gradients_with_two_forwards_before_one_backward(name, use_reentran
         torch.testing.assert_close(recomputed[key], plain[key], rtol=1e-4, atol=1e-5)
 
 
-def test_an_edit_inside_the_recomputed_part_is_an_error_rather_than_a_guess():
-    with pytest.raises(RuntimeError, match="ran without a Selection.*gradient checkpointing.*target_modules"):
-        gradients("llama", {"use_reentrant": False}, [labelled(9, prompt=4, seed=1)], target_modules=["mlp"])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("target_modules", [["mlp"], ["self_attn", "down_proj"]])
+def test_edits_inside_the_recomputed_part(target_modules, use_reentrant):
+    """Each forward's recompute edits that forward's tokens: the batches differ in shape and in their prompts."""
+    batches = [labelled(9, 6, prompt=4, seed=1), labelled(12, 7, prompt=2, seed=2)]
+    plain = gradients("llama", None, batches, target_modules=target_modules)
+    recomputed = gradients("llama", {"use_reentrant": use_reentrant}, batches, target_modules=target_modules)
+    assert plain.keys() == recomputed.keys() and len(plain) == 9 * len(target_modules)
+    for key in plain:
+        torch.testing.assert_close(recomputed[key], plain[key], rtol=1e-4, atol=1e-5)
+
+
+def test_unloading_gives_the_checkpoint_functions_back():
+    base = build("llama")
+    base.gradient_checkpointing_enable()
+    before = base.model.layers[0]._gradient_checkpointing_func
+    model = get_peft_model(base, ReftConfig(r=4, target_modules=["mlp"], task_type="CAUSAL_LM")).train()
+    model(**labelled(9, prompt=4, seed=1))
+    assert base.model.layers[0]._gradient_checkpointing_func is not before
+    model.unload()
+    assert base.model.layers[0]._gradient_checkpointing_func is before
+
+
+def test_a_recompute_that_can_not_be_bound_is_an_error_rather_than_a_guess():
+    from torch.utils.checkpoint import checkpoint
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.inner = torch.nn.Embedding(97, 16), torch.nn.Linear(16, 16)
+
+        def forward(self, input_ids):
+            return checkpoint(self.inner, self.embed(input_ids).requires_grad_(), use_reentrant=False)
+
+    model = get_peft_model(Block(), ReftConfig(r=4, positions="f1", target_modules=["inner"])).train()
+    output = model(prompts(6)["input_ids"], prompt_lengths=torch.tensor([3]))
+    with pytest.raises(RuntimeError, match="'inner' ran without a Selection.*activation checkpointing"):
+        output.sum().backward()

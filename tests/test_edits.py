@@ -127,7 +127,7 @@ def test_dropout_is_on_the_edited_state_and_in_training_only():
     batch = {"input_ids": torch.arange(30).view(3, 10)}
     plain = base.stream.base_layer(base.embed(batch["input_ids"]))
     assert torch.equal(model.eval()(**batch), plain)
-    dropped = model.train()(**batch)
+    dropped = model.train()(**batch, prompt_lengths=torch.tensor([10, 10, 10]))
     assert torch.equal(dropped[:, 4:], plain[:, 4:])
     zero = dropped[:, :4] == 0
     assert 0.3 < zero.float().mean() < 0.7
