@@ -31,7 +31,8 @@ quickstart: export OMP_NUM_THREADS = $(CORES)
 # On a machine that does something else too, threads that wait by spinning make a step several times slower.
 quickstart: export OMP_WAIT_POLICY = passive
 quickstart: export CUDA_VISIBLE_DEVICES ?= 0
-# What is left of the libraries' output is the loss, and errors.
+# What is left of the libraries' output is the loss, as it comes, and errors.
+quickstart: export PYTHONUNBUFFERED = 1
 quickstart: export AXOLOTL_LOG_LEVEL = WARNING
 quickstart: export LOG_LEVEL = ERROR
 quickstart: export TRANSFORMERS_VERBOSITY = error

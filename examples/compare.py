@@ -7,6 +7,7 @@ with PEFT's own `disable_adapter`: there is one model in memory, not two.
 from __future__ import annotations
 
 import argparse
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32).to(device)
     model = PeftModel.from_pretrained(base, args.adapter).eval()
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     table = Table(title=f"{args.base} before and after {args.adapter}", show_lines=True)
     for heading, style in (("prompt", "bold"), ("base model", "dim"), ("with the LoReFT adapter", "green")):
         table.add_column(heading, style=style, ratio=1 if heading == "prompt" else 2)
@@ -81,7 +82,7 @@ def answer(
         tokens_BS = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
     answers_BT = tokens_BS[:, batch["input_ids"].shape[1] :]
     return [
-        text.strip() + ("" if tokenizer.eos_token_id in tokens else " ...")
+        " ".join(text.split()) + ("" if tokenizer.eos_token_id in tokens else " ...")
         for text, tokens in zip(tokenizer.batch_decode(answers_BT, skip_special_tokens=True), answers_BT.tolist())
     ]
 
