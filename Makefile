@@ -51,7 +51,7 @@ quickstart: env  ## train LoReFT on a dozen examples, and show answers before an
 
 test: lint  ## check the code, then run the tests on STACK
 	@echo "== pytest, stack $(STACK)"
-	@OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" pytest -n $(CORES) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" pytest -n $(CORES) --dist worksteal $(PYTEST_ARGS)
 
 lint: env  ## ruff and mypy
 	@echo "== ruff and mypy, stack $(STACK)"
