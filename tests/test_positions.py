@@ -127,11 +127,11 @@ def test_packed_rows_are_split_into_their_sequences(how, spec):
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_selection_indexes_the_flat_batch_and_marks_spare_places(groups):
-    first = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0]]).bool()
+    first = torch.tensor([[0, 1, 0, 0], [0, 1, 0, 0]]).bool()
     last = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]]).bool()
     selection = select(first, last, groups, places=5)
     kept = [row[~spare].tolist() for row, spare in zip(selection.index_GN, selection.spare_GN)]
-    assert kept == ([[0, 5], [2, 3]] if groups == 2 else [[0, 2, 3, 5]])
+    assert kept == ([[1, 5], [2, 3]] if groups == 2 else [[1, 2, 3, 5]])
     assert selection.shape == (2, 4)
     edited = set(kept[0]) | set(kept[-1])
     assert set(selection.index_GN.flatten().tolist()) <= edited  # spare places point at no other token
