@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal, Optional, Union
 
 from peft import PeftConfig
@@ -131,13 +132,16 @@ class ReftConfig(PeftConfig):
 
     @property
     def spec(self) -> PositionSpec:
-        """The parsed `positions`."""
-        return PositionSpec.parse(self.positions)
+        """The parsed `positions`. Every layer reads it in every forward, so a text is parsed once."""
+        return _parse(self.positions)
 
     @property
     def groups(self) -> int:
         """G, the number of sets of weights of a module: 2 for untied first and last tokens, else 1."""
         return self.spec.groups(self.share_weights)
+
+
+_parse = cache(PositionSpec.parse)
 
 
 def _is_int(value: Any) -> bool:
