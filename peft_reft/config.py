@@ -43,6 +43,17 @@ class ReftConfig(PeftConfig):
         layers_pattern (`str` or `list[str]`, *optional*): Name of the list that those indices count in, where a model
             has several.
         modules_to_save (`list[str]`, *optional*): Modules to train and save whole, a classifier head for example.
+        response_template (`str` or `list[int]`, *optional*): What answers begin after: the end of every prompt as the model
+            sees it, `"<|im_start|>assistant\\n"` or `"### Response:"` for example, or its token ids. The prompts are then
+            known without labels: in preference training, in multi-turn conversations, everywhere alike. Text is found
+            however the tokenizer cuts it. Says nothing for `"all"`.
+        prompt_boundary (`str`): Of a conversation of several turns, `"first"` (default): its prompt is what comes before
+            the first answer. `"every"`: each turn has a prompt, whose last tokens are edited; first tokens are those of
+            the conversation.
+        tokenizer_name_or_path (`str`, *optional*): The tokenizer by which a text in `response_template` is found. None
+            takes the base model's.
+        subspaces (`dict[str, int]`, *optional*): Splits the rank into named groups of directions, `{"style": 4, "facts":
+            4}` for r=8. An example trains and runs the groups that `subspaces` in its batch names.
         width (`int`, *optional*): Width of the edited modules. Filled in when the adapter is made and checked when it
             is loaded. Leave it out.
     """
@@ -74,11 +85,24 @@ class ReftConfig(PeftConfig):
     modules_to_save: Optional[list[str]] = field(
         default=None, metadata={"help": "Modules to train and save whole besides the edits."}
     )
+    response_template: Optional[Union[str, list[int]]] = field(
+        default=None, metadata={"help": "Text or token ids that answers begin after."}
+    )
+    prompt_boundary: Literal["first", "every"] = field(
+        default="first", metadata={"help": "Which turns of a conversation have a prompt: 'first' or 'every'."}
+    )
+    tokenizer_name_or_path: Optional[str] = field(
+        default=None, metadata={"help": "Tokenizer by which response_template is found. None: the base model's."}
+    )
+    subspaces: Optional[dict[str, int]] = field(
+        default=None, metadata={"help": "Named groups of directions, with their numbers, which add up to r."}
+    )
     width: Optional[int] = field(default=None, metadata={"help": "Width of the edited modules. Filled in for you."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type(NAME)
+        self._width_is_noted = False
         if not _is_int(self.r) or self.r < 1:
             _reject("r", self.r, "a whole number of at least 1", "r=8")
         if self.intervention not in INTERVENTIONS:
@@ -96,6 +120,8 @@ class ReftConfig(PeftConfig):
         if self.init_weights not in (True, "pyreft"):
             _reject("init_weights", self.init_weights, "True or 'pyreft'", "init_weights=True")
         self._check_intervention()
+        self._check_prompts()
+        self._check_subspaces()
         self._check_modules()
 
     def _check_intervention(self) -> None:
@@ -107,6 +133,41 @@ class ReftConfig(PeftConfig):
                 _reject("add_bias", self.add_bias, f"True: the source of {self.intervention} is b", "add_bias=True")
         if self.dropout and not intervention.has_dropout:
             warnings.warn(f"dropout={self.dropout} has no effect: {self.intervention} has no dropout, as in pyreft.")
+
+    def _check_prompts(self) -> None:
+        template = self.response_template
+        if isinstance(template, tuple):
+            self.response_template = template = list(template)
+        is_ids = isinstance(template, list) and all(_is_int(index) and index >= 0 for index in template)
+        if template is not None and not ((isinstance(template, str) or is_ids) and len(template) > 0):
+            _reject(
+                "response_template",
+                template,
+                "None, the text that answers begin after, or its token ids",
+                "response_template='<|im_start|>assistant\\n'",
+            )
+        if self.prompt_boundary not in ("first", "every"):
+            _reject("prompt_boundary", self.prompt_boundary, "'first' or 'every'", "prompt_boundary='every'")
+
+    def _check_subspaces(self) -> None:
+        groups = self.subspaces
+        if groups is None:
+            return
+        named = isinstance(groups, dict) and bool(groups)
+        if not named or any(not isinstance(name, str) or not name or "+" in name for name in groups):
+            _reject(
+                "subspaces",
+                groups,
+                "None, or names (without '+') with numbers of directions",
+                "subspaces={'style': 8}",
+            )
+        if any(not _is_int(size) or size < 1 for size in groups.values()) or sum(groups.values()) != self.r:
+            _reject(
+                "subspaces",
+                groups,
+                f"whole numbers of at least 1 that add up to r={self.r}",
+                f"r=8, subspaces={dict.fromkeys(('style', 'facts'), 4)}",
+            )
 
     def _check_modules(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
@@ -139,6 +200,16 @@ class ReftConfig(PeftConfig):
     def groups(self) -> int:
         """G, the number of sets of weights of a module: 2 for untied first and last tokens, else 1."""
         return self.spec.groups(self.share_weights)
+
+    @property
+    def asked_width(self) -> int | None:
+        """The width that the modules to edit must have: that of a saved adapter."""
+        return None if self._width_is_noted else self.width
+
+    def note_width(self, widths: set[int]) -> None:
+        """Note the width of the edited modules, to be saved. The same config may make an adapter of another width next."""
+        self._width_is_noted = self.asked_width is None
+        self.width = next(iter(widths)) if len(widths) == 1 else None
 
 
 _parse = cache(PositionSpec.parse)

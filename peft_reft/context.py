@@ -1,63 +1,53 @@
 """The bridge between a call of the model and its edited layers: one Selection per forward.
 
-This module knows how a batch reaches a transformers model: the arguments of `forward`, the cache, and `generate`. It
-reads them, takes out what only ReFT reads (`prompt_lengths`, `intervention_mask`), has positions.py find the tokens to
-edit, and keeps the result where the layers look it up for as long as the call lasts.
+This module knows how a call reaches a transformers model: the arguments of `forward`, the cache, and `generate`. It takes
+out what only ReFT reads (`prompt_lengths`, `intervention_mask`, `subspaces`), has batch.py and generation.py find the tokens
+to edit, and keeps the result where the layers look it up for as long as the call lasts.
 
-A forward alone cannot tell the prompt while generating: with `use_cache=False` every step is a full pass, and a chunked
-prefill is several. So `generate` is wrapped, and the prompt is what it was given: its tokens are numbered once, and
-every forward in it edits those of them that it is given.
+An encoder-decoder model has two streams of tokens. Its encoder's are found when the encoder is called, which `generate` does
+outside any forward of the model; its decoder's when the model is.
 """
 
 from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import TaskType
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
+from .batch import Batch, Rules, locate
 from .checkpointing import bind_checkpoints, unbind_checkpoints
 from .config import ReftConfig
+from .generation import Generation, end_ids, given_prompts
 from .layer import ReftLayer, retract_stale
-from .positions import (
-    Prompts,
-    Selection,
-    find_prompts,
-    first_and_last,
-    masks_from_intervention_mask,
-    select,
+from .positions import Selection, places, round_up, select
+from .prompts import IGNORED_LABEL
+from .subspaces import kept_directions
+from .targets import encoder_of
+
+
+TOLD = ("prompt_lengths", "intervention_mask", "subspaces")
+UNTOLD_EVALUATION = (
+    "A batch without labels is evaluated after training on batches with them: all its tokens are taken for prompt, and the last "
+    "of them are edited. If it holds answers, that is not what training edited. Set response_template in ReftConfig, or pass "
+    "prompt_lengths, for both to agree."
 )
-
-
-TOLD = ("prompt_lengths", "intervention_mask")
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What a running `generate` was given.
-
-    Args:
-        shape (`tuple[int, int]`): (B, P), rows and padded width of the prompts.
-        prompts (`Prompts`, *optional*): The prompts, None when `intervention_mask` tells the tokens.
-        intervention_mask (`torch.Tensor`, *optional*): [B, P].
-    """
-
-    shape: tuple[int, int]
-    prompts: Prompts | None
-    intervention_mask: Tensor | None
 
 
 class _CallState(threading.local):
     """What belongs to the call that a thread is in. Threads may run one model, as `torch.nn.DataParallel` does."""
 
     generation: Generation | None = None
-    selections: dict[str, Selection | None] | None = None
+    told: dict[str, Any] | None = None
+    # By adapter, and whether in the encoder of an encoder-decoder model.
+    selections: dict[tuple[str, bool], Selection | None] | None = None
 
 
 class ForwardContext:
@@ -69,9 +59,11 @@ class ForwardContext:
 
     def __init__(self, model: nn.Module) -> None:
         self.layers: list[ReftLayer] = []
+        self.rules: dict[str, Rules] = {}
         self.parameters = tuple(inspect.signature(model.forward).parameters)
-        # Where the task is not given: labels of a transformers model that can't generate are no answers.
-        self.labels_are_answers = bool(getattr(model, "can_generate", lambda: True)())
+        self.encoder_parameters: tuple[str, ...] = ()
+        self._sides: dict[str, set[bool]] = {}  # whether an adapter edits the encoder, the rest, or both
+        self._saw_labels = False
         self._state = _CallState()
         self._handles: list[Any] = []
 
@@ -89,15 +81,26 @@ class ForwardContext:
                 return module.context
         return cls(model)
 
-    def attach(self, model: nn.Module) -> None:
-        """Watch the calls of the model. Does nothing when it is watched already."""
-        if not self._handles:
-            self._handles = [
-                model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-                model.register_forward_hook(self._after_forward, always_call=True),
-            ]
-            if hasattr(model, "generate"):
-                model.generate = _Generate(self, model)  # type: ignore[assignment]
+    def add_adapter(self, model: nn.Module, adapter_name: str, rules: Rules) -> None:
+        """Serve an adapter, whose layers are in the model already, and watch the calls of the model."""
+        self.layers = [module for module in model.modules() if isinstance(module, ReftLayer)]
+        self.rules[adapter_name] = rules
+        self._sides[adapter_name] = {layer.in_encoder for layer in self.layers if adapter_name in layer.reft_config}
+        if self._handles:
+            return
+        self._watch(model, self._before_forward, self._after_forward)
+        encoder = encoder_of(model)
+        if encoder is not None:
+            self.encoder_parameters = tuple(inspect.signature(encoder.forward).parameters)
+            self._watch(encoder, self._before_encoder, self._after_encoder)
+        if hasattr(model, "generate"):
+            model.generate = _Generate(self, model)  # type: ignore[assignment]
+
+    def _watch(self, module: nn.Module, before: Callable, after: Callable) -> None:
+        self._handles += [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after, always_call=True),
+        ]
 
     def detach(self, model: nn.Module) -> None:
         """Leave the model as it was."""
@@ -107,42 +110,145 @@ class ForwardContext:
         unbind_checkpoints(model.modules())
         model.__dict__.pop("generate", None)
 
-    def selection(self, adapter_name: str, layer_name: str) -> Selection | None:
+    def selection(self, adapter_name: str, layer: ReftLayer) -> Selection | None:
         """The Selection of the running forward for an adapter, None where it has nothing to edit.
 
         Raises:
             RuntimeError: when no forward of the model is running, so that the tokens to edit are unknown.
         """
         selections = self._state.selections
-        if selections is None or adapter_name not in selections:
+        if selections is None or (adapter_name, layer.in_encoder) not in selections:
             raise RuntimeError(
-                f"{layer_name!r} ran without a Selection: it was called outside a forward of the whole model, so ReFT can't "
+                f"{layer.name!r} ran without a Selection: it was called outside a forward of the whole model, so ReFT can't "
                 "know which tokens to edit. Call the PeftModel (or its base model), not a part of it. If the call came "
                 "from the backward pass of activation checkpointing, leave target_modules out: whole blocks are edited "
                 "outside the part that is recomputed."
             )
-        return selections[adapter_name]
+        return selections[adapter_name, layer.in_encoder]
 
     # -- forward -----------------------------------------------------------------------------------------------------
+    # torch.compile leaves what is decorated out of its graphs: it reads the cache, the batch and the state of the weights,
+    # and its result, index tensors of few different shapes, is an input to the compiled layers.
 
+    @torch.compiler.disable
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        batch = {**dict(zip(self.parameters, args)), **kwargs}
-        kwargs = {key: value for key, value in kwargs.items() if key not in TOLD}
+        arguments = {**dict(zip(self.parameters, args)), **kwargs}
+        told = {key: arguments[key] for key in TOLD if arguments.get(key) is not None}
+        generation = self._state.generation
+        self._state.told = told or (generation.told if generation is not None else {})
         self._state.selections = {}
         retract_stale(self.layers)
         if model.training and not all(layer.is_block for layer in self.layers):
             bind_checkpoints(model.modules(), self._remember)
-        by_kind: dict[tuple, Selection | None] = {}
-        for name, config in self._positioned().items():
-            kind = (config.spec, config.groups, config.task_type)
-            if kind not in by_kind:
-                by_kind[kind] = self._select(model, config, batch)
-            self._state.selections[name] = by_kind[kind]
-        return args, kwargs
+        self._refuse_stray_subspaces(told)
+        self._select_all(arguments, model.training, in_encoder=False)
+        return args, {key: value for key, value in kwargs.items() if key not in TOLD}
+
+    @torch.compiler.disable
+    def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
+        self._state.selections = None
+        self._state.told = None
+
+    @torch.compiler.disable
+    def _before_encoder(self, encoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._state.selections is None:  # generate calls the encoder by itself
+            self._state.selections = {}
+            generation = self._state.generation
+            self._state.told = generation.told if generation is not None else {}
+            retract_stale(self.layers)
+        self._select_all({**dict(zip(self.encoder_parameters, args)), **kwargs}, encoder.training, in_encoder=True)
+
+    @torch.compiler.disable
+    def _after_encoder(self, encoder: nn.Module, args: tuple, output: Any) -> None:
+        selections = self._state.selections or {}
+        for key in [key for key in selections if key[1]]:
+            del selections[key]
+        if not selections:
+            self._state.selections = None
+
+    def _select_all(self, arguments: dict[str, Any], training: bool, in_encoder: bool) -> None:
+        """Note the Selection of every adapter in use that needs one."""
+        selections = self._state.selections
+        assert selections is not None
+        by_rules: dict[tuple[Rules, Any], Selection | None] = {}
+        for name, config in self._in_use(in_encoder).items():
+            groups = None if config.subspaces is None else tuple(config.subspaces.items())
+            kind = (self.rules[name], groups)
+            if kind not in by_rules:
+                by_rules[kind] = self._select(name, config, arguments, training, in_encoder)
+            selections[name, in_encoder] = by_rules[kind]
+
+    def _in_use(self, in_encoder: bool) -> dict[str, ReftConfig]:
+        """The adapters in use whose edit depends on the token, by name."""
+        layer = next((layer for layer in self.layers if not layer.disable_adapters), None)
+        if layer is None:
+            return {}
+        in_use = {}
+        for name in layer.active_adapters:
+            if in_encoder in self._sides.get(name, ()):
+                config = next(layer.reft_config[name] for layer in self.layers if name in layer.reft_config)
+                if not config.spec.all_tokens or config.subspaces is not None:
+                    in_use[name] = config
+        return in_use
+
+    def _select(
+        self, name: str, config: ReftConfig, arguments: dict[str, Any], training: bool, in_encoder: bool
+    ) -> Selection | None:
+        """The Selection of an adapter in a call with these arguments."""
+        rules, generation = self.rules[name], self._state.generation
+        told = self._state.told or {}
+        if in_encoder:
+            rules = replace(rules, reads_labels=False)
+        elif not rules.spec.all_tokens and generation is not None and generation.decodes(arguments):
+            return None
+        if self.encoder_parameters and not in_encoder and True in self._sides[name]:
+            told = {}  # what is told of an encoder-decoder model's prompts is about its encoder's tokens, if it edits any
+        batch = _batch(rules, arguments, told, "decoder_" if self.encoder_parameters and not in_encoder else "")
+        training = training and generation is None
+        selection: Selection | None
+        if rules.spec.all_tokens:
+            selection = Selection(batch.shape, None, None)
+        elif in_encoder:
+            selection = self._select_in_batch(rules, batch, training)
+        else:
+            past = _cache_length(rules, arguments)
+            if generation is not None:
+                selection = generation.select(rules, batch, past)
+            elif past > 0 and batch.told is None:
+                _refuse_several(batch, past)
+                selection = None  # a decode step
+            else:
+                selection = self._select_in_batch(rules, batch, training, past)
+        if selection is None or config.subspaces is None:
+            return selection
+        given = (self._state.told or {}).get("subspaces")
+        return replace(selection, kept_TR=_kept(config.subspaces, given, batch, generation, training))
+
+    def _select_in_batch(self, rules: Rules, batch: Batch, training: bool, past: int = 0) -> Selection:
+        """The tokens of a batch, or, where it continues a cache of `past` tokens and its prompts are told, of the rest."""
+        if past > 0 and batch.intervention_mask is None:
+            whole = (batch.shape[0], past + batch.shape[1])
+            located = locate(
+                rules,
+                Batch(whole, batch.device, None, batch.attention_mask, prompt_lengths=batch.prompt_lengths),
+                training,
+            )
+        else:
+            past, located = 0, locate(rules, batch, training)
+        if located.source == "labels":
+            self._saw_labels |= training
+        elif located.source == "all tokens" and rules.reads_labels and self._saw_labels:
+            self._saw_labels = False  # say it once
+            warnings.warn(UNTOLD_EVALUATION)
+        limit = None
+        if located.runs is not None:
+            packed = located.runs != batch.shape[0]
+            limit = places(rules.spec, rules.groups, round_up(located.runs) if packed else located.runs)
+        return select(located.first_BS[:, past:], located.last_BS[:, past:], rules.groups, limit)
 
     def _remember(self) -> Callable[[], AbstractContextManager]:
         """For a recompute in backward: a context in which this forward's selections hold."""
-        selections = self._state.selections
+        selections = dict(self._state.selections or {})
 
         @contextmanager
         def as_in_this_forward() -> Iterator[None]:
@@ -154,103 +260,44 @@ class ForwardContext:
 
         return as_in_this_forward
 
-    def _positioned(self) -> dict[str, ReftConfig]:
-        """The adapters in use that edit chosen positions, rather than all."""
-        layer = next((layer for layer in self.layers if not layer.disable_adapters), None)
-        if layer is None:
-            return {}
-        configs = {name: config for other in self.layers for name, config in other.reft_config.items()}
-        return {
-            name: configs[name]
-            for name in layer.active_adapters
-            if name in configs and not configs[name].spec.all_tokens
-        }
-
-    def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
-        self._state.selections = None
-
-    def _select(self, model: nn.Module, config: ReftConfig, batch: dict[str, Any]) -> Selection | None:
-        """The Selection of a forward with these arguments."""
-        shape, device = _token_shape(config, batch)
-        past = _cache_length(batch)
-        if self._state.generation is not None:
-            return _select_in_generation(self._state.generation, config, shape, past, device, batch)
-        told = {key: batch[key] for key in TOLD if batch.get(key) is not None}
-        if past > 0 and not told:
-            if shape[1] == 1:
-                return None  # a decode step
-            raise ValueError(
-                f"A forward of {shape[1]} tokens continues a cache of {past}, outside `generate`. Whether they belong to "
-                f"the prompt can't be known. Pass prompt_lengths [{shape[0]}], the length of each whole prompt."
-            )
-        width = past + shape[1]
-        if "intervention_mask" in told:
-            first_BS, last_BS = masks_from_intervention_mask(told["intervention_mask"], shape, config.groups, device)
-            if model.training:
-                _refuse_empty(first_BS | last_BS, config, "intervention_mask")
-            return select(first_BS, last_BS, config.groups, None)
-        labels = self._labels(config, batch)
-        if labels is None and not told and model.training and self._reads_labels(config):
-            raise ValueError(
-                "A training batch without labels does not say where its prompts end, and ReFT edits tokens of the prompt. "
-                "Pass labels (-100 at the prompt), or prompt_lengths [batch], or set positions='all'."
-            )
-        prompts = find_prompts(
-            (shape[0], width),
-            device,
-            attention_mask=_mask_of_width(batch.get("attention_mask"), (shape[0], width)),
-            position_ids=batch.get("position_ids") if past == 0 else None,
-            cu_seq_lens=batch.get("cu_seq_lens_q"),
-            labels=labels,
-            prompt_lengths=told.get("prompt_lengths"),
-        )
-        first_BS, last_BS = first_and_last(prompts, config.spec)
-        if labels is not None or told:
-            _refuse_empty(prompts.prompt_BS, config, "prompt_lengths" if told else "labels")
-        places = None if prompts.sequences is None else _places(config, shape[0])
-        return select(first_BS[:, past:], last_BS[:, past:], config.groups, places)
-
-    def _reads_labels(self, config: ReftConfig) -> bool:
-        if config.task_type is not None:
-            return config.task_type == TaskType.CAUSAL_LM
-        return self.labels_are_answers
-
-    def _labels(self, config: ReftConfig, batch: dict[str, Any]) -> Tensor | None:
-        return batch.get("labels") if self._reads_labels(config) else None
-
     # -- generate ----------------------------------------------------------------------------------------------------
 
     @contextmanager
     def generating(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Note the prompt that a `generate` is given, and yield the arguments to pass on."""
         kwargs = dict(kwargs)
-        told = {key: kwargs.pop(key, None) for key in TOLD}
-        if not self._positioned():
+        told = {key: value for key in TOLD if (value := kwargs.pop(key, None)) is not None}
+        in_use = {**self._in_use(in_encoder=False), **self._in_use(in_encoder=True)}
+        self._refuse_stray_subspaces(told)
+        if not in_use:
             yield kwargs
             return
-        inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        embeds = kwargs.get("inputs_embeds")
-        tokens = embeds if embeds is not None else inputs
-        if tokens is None:
-            raise ValueError("generate was given no prompt, but ReFT edits tokens of the prompt. Pass input_ids.")
-        shape = (tokens.shape[0], tokens.shape[1])
-        if kwargs.get("attention_mask") is None and embeds is None:
-            # Decide here what is padding, as generate itself would, so that both go by the same mask.
-            kwargs["attention_mask"] = _infer_mask(model, inputs, kwargs)
-        prompts = None
-        if told["intervention_mask"] is None:
-            prompts = find_prompts(
-                shape,
-                tokens.device,
-                attention_mask=_mask_of_width(kwargs.get("attention_mask"), shape),
-                prompt_lengths=told["prompt_lengths"],
-            )
+        _refuse_guidance(model, kwargs)
+        prompts = given_prompts(model, args, kwargs, told)
         before = self._state.generation
-        self._state.generation = Generation(shape, prompts, told["intervention_mask"])
+        # A decoder's prompt is not what generate is given: that goes to the encoder.
+        known = None if self.encoder_parameters else prompts
+        self._state.generation = Generation(told, prompts.shape[0], known)
         try:
             yield kwargs
         finally:
             self._state.generation = before
+
+    def _refuse_stray_subspaces(self, told: dict[str, Any]) -> None:
+        layer = next((layer for layer in self.layers if not layer.disable_adapters), None)
+        if layer is None or "subspaces" not in told:
+            return
+        configs = [
+            other.reft_config[name]
+            for other in self.layers
+            for name in layer.active_adapters
+            if name in other.reft_config
+        ]
+        if not any(config.subspaces for config in configs):
+            raise ValueError(
+                f"subspaces={told['subspaces']!r} was passed, but no adapter in use has subspaces. Set them in ReftConfig, for "
+                "example ReftConfig(r=8, subspaces={'style': 4, 'facts': 4}), or leave subspaces out."
+            )
 
 
 class _Generate:
@@ -265,100 +312,109 @@ class _Generate:
             return type(self.model).generate(self.model, *args, **passed)
 
 
-def _select_in_generation(
-    generation: Generation,
-    config: ReftConfig,
-    shape: tuple[int, int],
-    past: int,
-    device: torch.device,
-    batch: dict[str, Any],
-) -> Selection | None:
-    """The tokens of the prompt that a forward inside `generate` is given: those in columns past to past + S."""
-    rows, width = generation.shape
-    if batch.get("cache_params") is not None:
+def model_rules(model: Any, config: ReftConfig) -> Rules:
+    """How an adapter finds its tokens in the calls of a model.
+
+    Raises:
+        ValueError: when the tokenizer is needed, for a response template of text, and can't be loaded.
+    """
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if eos is None:
+        eos = getattr(getattr(model, "config", None), "eos_token_id", None)
+
+    def tokenizer() -> Any:
+        name = config.tokenizer_name_or_path or getattr(model, "name_or_path", None)
+        try:
+            return AutoTokenizer.from_pretrained(name)
+        except Exception as error:
+            raise ValueError(
+                f"response_template={config.response_template!r} is text, which needs a tokenizer, and none could be loaded "
+                f"from {name!r}: {error} Set tokenizer_name_or_path in ReftConfig, or give the template's token ids."
+            ) from error
+
+    # Where the task is not given: labels of a transformers model that can't generate are no answers.
+    can_generate = bool(getattr(model, "can_generate", lambda: True)())
+    return Rules.of(config, tokenizer, end_ids(eos), can_generate)
+
+
+def _batch(rules: Rules, arguments: dict[str, Any], told: dict[str, Any], prefix: str) -> Batch:
+    """The tokens in the arguments of a forward: those of a decoder, with its prefix, or of any other model."""
+    if arguments.get("cache") is not None and arguments.get("cu_seq_lens_q") is not None:
         raise ValueError(
-            f"positions={config.positions!r}: this model generates with a recurrent state (cache_params), which does not say "
-            "how far the prompt has been read. Set positions='all', or generate with use_cache=False."
+            f"{rules}: continuous batching (generate_batch) mixes prompts and decode steps in one row, and does not say which "
+            "token is which. Use generate, or set positions='all'."
         )
-    if past >= width:
-        return None  # a decode step
-    if shape[0] % rows != 0:
+    labels = arguments.get("labels") if rules.reads_labels else None
+    if labels is not None and prefix:
+        # A decoder's input at a place predicts the label of that place: its prompt goes up to the first answer's input.
+        labels = nn.functional.pad(labels, (1, -1), value=IGNORED_LABEL)
+    input_ids, embeds = arguments.get(f"{prefix}input_ids"), arguments.get(f"{prefix}inputs_embeds")
+    tokens = next((t for t in (input_ids, embeds, labels) if t is not None and t.dim() >= 2), None)
+    if tokens is None:
         raise ValueError(
-            f"generate was given {rows} prompts, but runs {shape[0]} rows at once: ReFT can't tell whose."
+            f"{rules} counts tokens, but the model was called without {prefix}input_ids [batch, tokens] or "
+            f"{prefix}inputs_embeds. Pass one of them, or set positions='all', which works on any model."
         )
-    if generation.intervention_mask is not None:
-        masks = masks_from_intervention_mask(generation.intervention_mask, generation.shape, config.groups, device)
-    else:
-        assert generation.prompts is not None
-        masks = first_and_last(generation.prompts, config.spec)
-    # Beams and returned sequences repeat each row; columns after the prompt hold what has been generated.
-    here = [mask[:, past : past + shape[1]].repeat_interleave(shape[0] // rows, dim=0).to(device) for mask in masks]
-    first_BS, last_BS = (nn.functional.pad(mask, (0, shape[1] - mask.shape[1])) for mask in here)
-    return select(first_BS, last_BS, config.groups, _places(config, shape[0]) if generation.prompts else None)
-
-
-def _places(config: ReftConfig, rows: int) -> int:
-    """N: at most this many tokens of a group are selected in rows of one sequence each."""
-    spec = config.spec
-    return rows * (max(spec.first, spec.last) if config.groups == 2 else spec.first + spec.last)
-
-
-def _token_shape(config: ReftConfig, batch: dict[str, Any]) -> tuple[tuple[int, int], torch.device]:
-    """(B, S) of a batch, and its device."""
-    for key in ("input_ids", "inputs_embeds"):
-        tokens = batch.get(key)
-        if tokens is not None and tokens.dim() >= 2:
-            return (tokens.shape[0], tokens.shape[1]), tokens.device
-    raise ValueError(
-        f"positions={config.positions!r} counts tokens, but the model was called without input_ids [batch, tokens] or "
-        "inputs_embeds. Pass one of them, or set positions='all', which works on any model."
+    return Batch(
+        (tokens.shape[0], tokens.shape[1]),
+        tokens.device,
+        input_ids=input_ids,
+        attention_mask=arguments.get(f"{prefix}attention_mask"),
+        position_ids=arguments.get("position_ids"),
+        cu_seq_lens=arguments.get("cu_seq_lens_q"),
+        labels=labels,
+        prompt_lengths=told.get("prompt_lengths"),
+        intervention_mask=told.get("intervention_mask"),
     )
 
 
-def _cache_length(batch: dict[str, Any]) -> int:
+def _cache_length(rules: Rules, arguments: dict[str, Any]) -> int:
     """How many tokens the cache holds already."""
-    cache = batch.get("past_key_values")
-    if cache is None:
-        return 0
-    if hasattr(cache, "get_seq_length"):
-        return int(cache.get_seq_length())
-    return cache[0][0].shape[-2]
-
-
-def _mask_of_width(mask: Any, shape: tuple[int, int]) -> Tensor | None:
-    """The part of an attention mask that is about (B, width) tokens. A static cache brings a wider one."""
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+    cache = arguments.get("past_key_values")
+    try:
+        if arguments.get("cache_params") is not None:
+            raise ValueError("cache_params was passed.")
+        if cache is None:
+            return 0
+        return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else cache[0][0].shape[-2]
+    except ValueError as error:
         raise ValueError(
-            f"attention_mask is {'of shape ' + str(list(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__}, "
-            "from which ReFT can't tell padding. Pass one of shape [batch, tokens] with 0 for padding, or say which tokens "
-            "to edit with intervention_mask."
+            f"{rules}: this model keeps a recurrent state, which does not say how far the prompt has been read. Set "
+            f"positions='all', or generate with use_cache=False. ({error})"
+        ) from error
+
+
+def _refuse_several(batch: Batch, past: int) -> None:
+    """Outside `generate`, one token after a filled cache is a decode step. Several may be a part of a prompt."""
+    if batch.shape[1] > 1:
+        raise ValueError(
+            f"A forward of {batch.shape[1]} tokens continues a cache of {past}, outside `generate`. Whether they belong to "
+            f"the prompt can't be known. Pass prompt_lengths [{batch.shape[0]}], the length of each whole prompt."
         )
-    return mask[:, : shape[1]]
 
 
-def _infer_mask(model: nn.Module, input_ids: Any, kwargs: dict[str, Any]) -> Tensor:
-    """The attention mask of prompts that come without one: padding is the pad token, unless it also ends texts."""
+def _kept(
+    groups: dict[str, int], given: Any, batch: Batch, generation: Generation | None, training: bool
+) -> Tensor | None:
+    """The directions that each token's example uses, [T, R]. None: all of them, where nothing is said."""
+    if given is None:
+        if training:
+            raise ValueError(
+                f"The adapter has subspaces ({', '.join(groups)}), and the training batch does not say which its examples use. "
+                "Pass subspaces [batch] with it: numbers of groups, or names."
+            )
+        return None
+    if generation is None:
+        kept_QR = kept_directions(given, groups, batch.sequences.count, batch.device)
+        return batch.sequences.spread(kept_QR).flatten(0, 1)
+    kept_QR = kept_directions(given, groups, generation.rows, batch.device)
+    return kept_QR.repeat_interleave(batch.shape[0] // generation.rows * batch.shape[1], dim=0)
+
+
+def _refuse_guidance(model: Any, kwargs: dict[str, Any]) -> None:
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    pad, eos = (kwargs.get(key, getattr(config, key, None)) for key in ("pad_token_id", "eos_token_id"))
-    ends = [eos] if isinstance(eos, int) else list(eos or ())
-    if pad is None or pad in ends:
-        return torch.ones_like(input_ids)
-    return (input_ids != pad).long()
-
-
-EMPTY = {
-    "labels": "no label of -100 stands before an answer (is train_on_inputs set, or is this plain text?)",
-    "prompt_lengths": "prompt_lengths is 0 for every row",
-    "intervention_mask": "intervention_mask is 0 everywhere",
-}
-
-
-def _refuse_empty(mask_BS: Tensor, config: ReftConfig, source: str) -> None:
-    """A batch that is to be edited and has nothing to edit."""
-    if not torch.compiler.is_compiling() and not bool(mask_BS.any()):
+    if kwargs.get("guidance_scale", getattr(config, "guidance_scale", None)) not in (None, 1, 1.0):
         raise ValueError(
-            f"positions={config.positions!r}: the batch has no prompt tokens to edit: {EMPTY[source]}. Mask the prompt with -100 in "
-            "labels, or pass prompt_lengths [batch], or set positions='all'."
+            "guidance_scale runs the model on a second prompt within generate, and ReFT can't tell it from the first. Leave "
+            "guidance_scale out, or set positions='all'."
         )

@@ -33,7 +33,7 @@ MERGE_REFUSAL = (
 class SelectionSource(Protocol):
     """What a layer needs of the ForwardContext."""
 
-    def selection(self, adapter_name: str, layer_name: str) -> Selection | None: ...
+    def selection(self, adapter_name: str, layer: ReftLayer) -> Selection | None: ...
 
 
 class ReftLayer(nn.Module, BaseTunerLayer):
@@ -52,17 +52,21 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         context (`SelectionSource`): Where the Selection of the running forward is found.
         name (`str`): Name of the module in the model, for messages.
         is_block (`bool`): Whether the output is the hidden state of a layer of the model.
+        in_encoder (`bool`): Whether the module lies in the encoder of an encoder-decoder model, which has tokens of its own.
     """
 
     adapter_layer_names = ("reft_R", "reft_W", "reft_b")
     other_param_names = ("reft_config",)
 
-    def __init__(self, base_layer: nn.Module, context: SelectionSource, name: str, is_block: bool) -> None:
+    def __init__(
+        self, base_layer: nn.Module, context: SelectionSource, name: str, is_block: bool, in_encoder: bool = False
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.context = context
         self.name = name
         self.is_block = is_block
+        self.in_encoder = in_encoder
         self.reft_R = nn.ParameterDict()
         self.reft_W = nn.ParameterDict()
         self.reft_b = nn.ParameterDict()
@@ -192,30 +196,40 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def _edit(self, h: Tensor, adapter_name: str, in_place: bool) -> Tensor:
         """Edit the selected rows of h [..., D]. Returns h itself, or a copy where it may not be written to."""
-        if self.reft_config[adapter_name].spec.all_tokens:
+        config = self.reft_config[adapter_name]
+        selection = None
+        if not config.spec.all_tokens or config.subspaces is not None:
+            selection = self.context.selection(adapter_name, self)
+            if selection is None:  # a decode step
+                return h
+            self._check_shape(h, selection)
+            selection = selection.to(h.device)
+        if config.spec.all_tokens:
             # Backward reads the states as they were before the edit.
             before = h.clone() if in_place and torch.is_grad_enabled() else h
-            delta = self._delta(before.reshape(1, -1, h.shape[-1]), adapter_name).view(h.shape)
+            kept_TR = None if selection is None else selection.kept_TR
+            delta = self._delta(before.reshape(1, -1, h.shape[-1]), adapter_name, kept_TR).view(h.shape)
             return h.add_(delta) if in_place else h + delta
-        selection = self.context.selection(adapter_name, self.name)
-        if selection is None:  # a decode step
-            return h
-        if h.shape[:-1] not in (selection.shape, (selection.shape[0] * selection.shape[1],)):
+        assert selection is not None and selection.index_GN is not None and selection.spare_GN is not None
+        h_TD, index_GN = h.flatten(0, -2), selection.index_GN
+        kept_GNR = None if selection.kept_TR is None else selection.kept_TR[index_GN]
+        delta_GND = self._delta(h_TD[index_GN], adapter_name, kept_GNR)
+        delta_GND = delta_GND.masked_fill(selection.spare_GN[..., None], 0.0)
+        # Adding, not assigning: spare places add 0 to a token that another place edits.
+        edit = h_TD.index_add_ if in_place else h_TD.index_add
+        return edit(0, index_GN.flatten(), delta_GND.flatten(0, 1)).view(h.shape)
+
+    def _check_shape(self, h: Tensor, selection: Selection) -> None:
+        rows, width = selection.shape
+        if h.shape[:-1] not in ((rows, width), (rows * width,)):
             raise ValueError(
                 f"{self.name!r} returns shape {list(h.shape)}, which does not hold one state for each of the batch's "
-                f"{selection.shape[0]} x {selection.shape[1]} tokens. Choose in target_modules a module that works token "
-                "by token, or set positions='all'."
+                f"{rows} x {width} tokens. Choose in target_modules a module that works token by token, or set "
+                "positions='all'."
             )
-        selection = selection.to(h.device)
-        h_TD = h.flatten(0, -2)
-        delta_GND = self._delta(h_TD[selection.index_GN], adapter_name, selection)
-        # Adding, not assigning: spare places add 0 to a token that another place edits.
-        index_T, delta_TD = selection.index_GN.flatten(), delta_GND.flatten(0, 1)
-        edit = h_TD.index_add_ if in_place else h_TD.index_add
-        return edit(0, index_T, delta_TD).view(h.shape)
 
-    def _delta(self, h_GND: Tensor, adapter_name: str, selection: Selection | None = None) -> Tensor:
-        """What the edit adds to the rows h_GND, in their dtype."""
+    def _delta(self, h_GND: Tensor, adapter_name: str, kept_GNR: Tensor | None) -> Tensor:
+        """What the edit adds to the rows h_GND, in their dtype. `kept_GNR` marks the directions that a row uses."""
         config = self.reft_config[adapter_name]
         intervention = INTERVENTIONS[config.intervention]
         R, W, b = self._weights(adapter_name)
@@ -223,17 +237,21 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             R_GRD = R if not intervention.orthonormal or not torch.is_grad_enabled() else rotation.tangent(R)
             wide_GND = h_GND.to(R.dtype)
             c_GNR = edit_coefficients(intervention, wide_GND, R_GRD, W, b, self._act[adapter_name])
+            if kept_GNR is not None:
+                c_GNR = c_GNR * kept_GNR
             delta_GND = c_GNR @ R_GRD
             if self.training and config.dropout and intervention.has_dropout:
                 delta_GND = F.dropout(wide_GND + delta_GND, config.dropout) - wide_GND
-            if selection is not None:
-                delta_GND = delta_GND.masked_fill(selection.spare_GN[..., None], 0.0)
         return delta_GND.to(h_GND.dtype)
 
 
 def _may_be_written(h: Tensor) -> bool:
     """Whether autograd lets a tensor be changed in place: leaves that need a gradient, and views that a custom function
     returns (reentrant checkpointing, module backward hooks), it does not."""
+    if (
+        torch.compiler.is_compiling()
+    ):  # a compiled graph has its own way with writes, and no views out of custom functions
+        return True
     if h.is_leaf:
         return not h.requires_grad
     return not (h._is_view() and isinstance(h.grad_fn, torch.autograd.function.BackwardCFunction))

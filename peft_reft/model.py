@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +11,9 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import nn
 
 from .config import ReftConfig
-from .context import ForwardContext
+from .context import ForwardContext, model_rules
 from .layer import MERGE_REFUSAL, ReftLayer
-from .targets import Target, find_targets, not_a_target
+from .targets import Target, encoder_of, find_targets, not_a_target
 
 
 class ReftModel(BaseTuner):
@@ -52,28 +51,21 @@ class ReftModel(BaseTuner):
     # -- injection ---------------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # What is noted in the config is noted in a copy: the user's may serve other models.
-        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         self._context = ForwardContext.of(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._context.layers = [module for module in model.modules() if isinstance(module, ReftLayer)]
-        self._context.attach(model)
+        self._context.add_adapter(model, adapter_name, self._rules)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
 
     def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Find what to edit, and refuse what can't be done, before anything is changed."""
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and not peft_config.spec.all_tokens:
-            raise ValueError(
-                f"positions={peft_config.positions!r} on an encoder-decoder model ({type(model).__name__}) is not supported "
-                "yet. Set positions='all'."
-            )
         _maybe_include_all_linear_layers(peft_config, model)
         self._targets: dict[str, Target] = find_targets(model, peft_config)
-        widths = {target.width for target in self._targets.values()}
-        if len(widths) == 1:
-            peft_config.width = widths.pop()
+        peft_config.note_width({target.width for target in self._targets.values()})
+        self._rules = model_rules(model, peft_config)
+        encoder = encoder_of(model)
+        self._encoder_modules = set() if encoder is None else set(encoder.modules())
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> Any:  # type: ignore[override]
         return key in self._targets or not_a_target(key, peft_config)
@@ -92,7 +84,8 @@ class ReftModel(BaseTuner):
         if isinstance(target, ReftLayer):
             target.update_layer(adapter_name, peft_config, found.width)
             return
-        layer = ReftLayer(target, self._context, current_key, found.is_block)
+        in_encoder = target in self._encoder_modules
+        layer = ReftLayer(target, self._context, current_key, found.is_block, in_encoder)
         layer.update_layer(adapter_name, peft_config, found.width)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trainable until it is set

@@ -1,13 +1,9 @@
-"""Which tokens are edited: the position language, and the Selection that one batch gives.
+"""The position language, and the Selection that one batch gives.
 
-This module knows tensors of tokens (masks, labels, position ids) and nothing of models, caches or adapters. The rules
-are those of docs/positions.md: padding is never selected, packed rows are split into their sequences, and the first
-and the last tokens of a prompt never overlap.
+This module knows which tokens of a prompt a spec names, and how to index them. Where the prompts are is prompts.py's.
+Nothing here waits for the device, but the count of tokens where no bound for it is known.
 
-Everything here is computed with cumulative sums over fixed shapes: no loop over tokens or samples, and nothing that
-waits for the device, but for the one check that a batch selects something at all.
-
-Dimensions: B rows of the batch, S tokens of a row, G groups of weights, N tokens selected for one group.
+Dimensions: B rows of the batch, S tokens of a row, T = B * S, G groups of weights, N tokens of one group, R rank.
 """
 
 from __future__ import annotations
@@ -18,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .prompts import Prompts, as_batch, count_within, total_within
 
-IGNORED_LABEL = -100
+
 POSITION_EXAMPLES = "'f7+l7' (first 7 and last 7 tokens of the prompt), 'f3', 'l1' or 'all'"
 
 
@@ -54,6 +51,10 @@ class PositionSpec:
             counts[match[1]] = int(match[2])
         return cls(first=counts.get("f", 0), last=counts.get("l", 0))
 
+    def __str__(self) -> str:
+        parts = [f"{letter}{count}" for letter, count in (("f", self.first), ("l", self.last)) if count]
+        return repr("all" if self.all_tokens else "+".join(parts))
+
     @property
     def two_sided(self) -> bool:
         return self.first > 0 and self.last > 0
@@ -72,113 +73,34 @@ class Selection:
 
     Args:
         shape (`tuple[int, int]`): (B, S) of the forward.
-        index_GN (`torch.LongTensor`): Indices into the B * S tokens. A spare place repeats a token.
-        spare_GN (`torch.BoolTensor`): The places that hold no token to edit.
+        index_GN (`torch.LongTensor`, *optional*): Indices into the T tokens. A spare place repeats a token. None: every
+            token.
+        spare_GN (`torch.BoolTensor`, *optional*): The places that hold no token to edit.
+        kept_TR (`torch.BoolTensor`, *optional*): The directions that each token's example uses, where the adapter has
+            subspaces. None: all.
     """
 
     shape: tuple[int, int]
-    index_GN: Tensor
-    spare_GN: Tensor
+    index_GN: Tensor | None
+    spare_GN: Tensor | None
+    kept_TR: Tensor | None = None
 
     def to(self, device: torch.device) -> Selection:
         """The same on another device, for a model that is spread over several."""
-        if self.index_GN.device == device:
+        tensors = (self.index_GN, self.spare_GN, self.kept_TR)
+        if all(tensor is None or tensor.device == device for tensor in tensors):
             return self
-        return Selection(self.shape, self.index_GN.to(device), self.spare_GN.to(device))
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Where the prompts of a batch lie.
-
-    Args:
-        prompt_BS (`torch.BoolTensor`): The tokens that belong to a prompt. Never padding.
-        start_BS (`torch.BoolTensor`): The first token of every sequence, more than one in a packed row.
-        sequences (`int`, *optional*): How many sequences the rows hold at most, when known without reading the device.
-    """
-
-    prompt_BS: Tensor
-    start_BS: Tensor
-    sequences: int | None
-
-
-def find_prompts(
-    shape: tuple[int, int],
-    device: torch.device,
-    *,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    cu_seq_lens: Tensor | None = None,
-    labels: Tensor | None = None,
-    prompt_lengths: Tensor | None = None,
-) -> Prompts:
-    """Find the prompt of every sequence of a batch.
-
-    In this order: `prompt_lengths`, then `labels` (the tokens before the first label that is not -100), else all real
-    tokens.
-
-    Args:
-        shape (`tuple[int, int]`): (B, S).
-        device (`torch.device`): Where to compute.
-        attention_mask (`torch.Tensor`, *optional*): [B, S], 0 for padding. Packed rows may number their sequences
-            1, 2, 3 ... in it.
-        position_ids (`torch.Tensor`, *optional*): [B, S] or [1, S]. Packed rows restart in it.
-        cu_seq_lens (`torch.Tensor`, *optional*): [sequences + 1], cumulative lengths over the flattened batch.
-        labels (`torch.Tensor`, *optional*): [B, S], -100 where there is no loss.
-        prompt_lengths (`torch.Tensor`, *optional*): [B], real tokens in each prompt.
-
-    Raises:
-        ValueError: when a tensor has another shape than the batch.
-    """
-    real_BS = torch.ones(shape, dtype=torch.bool, device=device)
-    start_BS = torch.zeros(shape, dtype=torch.bool, device=device)
-    start_BS[:, 0] = True
-    packed = False
-    if attention_mask is not None:
-        number_BS = _as_batch("attention_mask", attention_mask, shape, device).long()
-        real_BS = number_BS != 0
-        # A number larger than all before it opens a sequence; an ordinary 0/1 mask opens one, at its first real token.
-        before_BS = number_BS.cummax(dim=1).values.roll(1, dims=1)
-        before_BS[:, 0] = 0
-        start_BS |= number_BS > before_BS
-        packed = attention_mask.dtype != torch.bool
-    if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == shape[1]:
-        position_BS = _as_batch("position_ids", position_ids.expand(shape), shape, device)
-        start_BS[:, 1:] |= real_BS[:, 1:] & (position_BS[:, 1:] <= position_BS[:, :-1])
-        packed = True
-    if cu_seq_lens is not None:
-        ends = torch.zeros(shape[0] * shape[1] + 1, dtype=torch.bool, device=device)
-        start_BS |= ends.index_fill_(0, cu_seq_lens.to(device).long(), True)[:-1].view(shape)
-        packed = True
-
-    if prompt_lengths is not None:
-        if prompt_lengths.shape != (shape[0],):
-            raise ValueError(
-                f"prompt_lengths has shape {list(prompt_lengths.shape)}, but the batch has {shape[0]} rows. Pass one "
-                f"length for each row: shape [{shape[0]}]."
-            )
-        prompt_BS = real_BS & (real_BS.cumsum(dim=1) <= prompt_lengths.to(device)[:, None])
-    elif labels is not None:
-        answered_BS = _as_batch("labels", labels, shape, device) != IGNORED_LABEL
-        prompt_BS = real_BS & (_count_within(answered_BS, start_BS) == 0)
-    else:
-        prompt_BS = real_BS
-    return Prompts(prompt_BS, start_BS, None if packed else shape[0])
+        return Selection(self.shape, *(None if tensor is None else tensor.to(device) for tensor in tensors))
 
 
 def first_and_last(prompts: Prompts, spec: PositionSpec) -> tuple[Tensor, Tensor]:
-    """The tokens that `spec` names, as two bool masks [B, S]: the first tokens of each prompt, and the last.
+    """The tokens that `spec` names, as two bool masks [B, S]: the first tokens of each sequence, the last of each run.
 
     A prompt of n < first + last tokens gives its first min(first, n // 2) and its last min(last, n // 2); a one-sided
-    spec takes min(count, n).
+    spec takes min(count, n), and so does a run after a sequence's first.
     """
-    rank_BS = _count_within(prompts.prompt_BS, prompts.start_BS)  # 1 for the first token of a prompt
-    # The length of a prompt, at each of its tokens: the count where its sequence ends, carried back to its start.
-    end_BS = prompts.start_BS.roll(-1, dims=1)
-    end_BS[:, -1] = True
-    total_BS = prompts.prompt_BS.cumsum(dim=1)
-    at_end_BS = torch.where(end_BS, total_BS, total_BS.shape[1]).flip(1).cummin(dim=1).values.flip(1)
-    length_BS = rank_BS + at_end_BS - total_BS
+    rank_BS = count_within(prompts.prompt_BS, prompts.start_BS)  # 1 for the first token of a run
+    length_BS = total_within(prompts.prompt_BS, prompts.start_BS)
     if spec.two_sided:
         crowded_BS = length_BS < spec.first + spec.last
         half_BS = length_BS // 2
@@ -186,32 +108,45 @@ def first_and_last(prompts: Prompts, spec: PositionSpec) -> tuple[Tensor, Tensor
         last_BS = torch.where(crowded_BS, half_BS.clamp(max=spec.last), spec.last)
     else:
         first_BS, last_BS = length_BS.clamp(max=spec.first), length_BS.clamp(max=spec.last)
+    if prompts.later_BS is not None:  # a later run has last tokens only
+        first_BS = first_BS.masked_fill(prompts.later_BS, 0)
+        last_BS = torch.where(prompts.later_BS, length_BS.clamp(max=spec.last), last_BS)
     return (
         prompts.prompt_BS & (rank_BS <= first_BS),
         prompts.prompt_BS & (rank_BS > length_BS - last_BS),
     )
 
 
-def select(first_BS: Tensor, last_BS: Tensor, groups: int, places: int | None) -> Selection:
+def select(first_BS: Tensor, last_BS: Tensor, groups: int, limit: int | None) -> Selection:
     """Turn the masks of the first and the last tokens into a Selection.
 
     Args:
         first_BS, last_BS (`torch.BoolTensor`): [B, S].
         groups (`int`): 1 to edit both with the same weights, 2 to edit them with weights of their own.
-        places (`int`, *optional*): N, an upper bound on the tokens of a group. None counts them, and waits for the
+        limit (`int`, *optional*): N, an upper bound on the tokens of a group. None counts them, and waits for the
             device to do so.
     """
     mask_GT = torch.stack([first_BS.flatten(), last_BS.flatten()]) if groups == 2 else (first_BS | last_BS).view(1, -1)
     count_GT = mask_GT.cumsum(dim=1)
-    if places is None:
-        places = int(count_GT[:, -1].max())
+    if limit is None:
+        limit = round_up(int(count_GT[:, -1].max()))
     # The n-th selected token is where the running count first reaches n.
-    wanted_N = torch.arange(1, places + 1, device=mask_GT.device)
-    index_GN = torch.searchsorted(count_GT, wanted_N.expand(groups, places).contiguous())
+    wanted_N = torch.arange(1, limit + 1, device=mask_GT.device)
+    index_GN = torch.searchsorted(count_GT, wanted_N.expand(groups, limit).contiguous())
     spare_GN = index_GN == mask_GT.shape[1]
     # Spare places repeat a token that is edited anyway rather than, say, padding, whose state may not be finite.
     index_GN = torch.where(spare_GN, index_GN[:, :1], index_GN).clamp(max=mask_GT.shape[1] - 1)
     return Selection((first_BS.shape[0], first_BS.shape[1]), index_GN, spare_GN)
+
+
+def places(spec: PositionSpec, groups: int, runs: int) -> int:
+    """N: at most this many tokens of a group are selected in so many runs."""
+    return runs * (max(spec.first, spec.last) if groups == 2 else spec.first + spec.last)
+
+
+def round_up(count: int) -> int:
+    """The next power of two: few different sizes, for a compiled model not to be compiled again for each."""
+    return 1 << (count - 1).bit_length() if count > 0 else 0
 
 
 def masks_from_intervention_mask(
@@ -222,7 +157,7 @@ def masks_from_intervention_mask(
     Raises:
         ValueError: when its shape is not the batch's, or when it is bool and the adapter has two groups of weights.
     """
-    mask_BS = _as_batch("intervention_mask", intervention_mask, shape, device)
+    mask_BS = as_batch("intervention_mask", intervention_mask, shape, device)
     if mask_BS.dtype == torch.bool:
         if groups == 2:
             raise ValueError(
@@ -231,19 +166,3 @@ def masks_from_intervention_mask(
             )
         return mask_BS, torch.zeros_like(mask_BS)
     return mask_BS == 1, mask_BS == 2
-
-
-def _count_within(mask_BS: Tensor, start_BS: Tensor) -> Tensor:
-    """How many tokens of `mask_BS` the sequence of each token has had up to it, itself included."""
-    total_BS = mask_BS.cumsum(dim=1)
-    before_BS = torch.where(start_BS, total_BS - mask_BS.long(), 0).cummax(dim=1).values
-    return total_BS - before_BS
-
-
-def _as_batch(name: str, tensor: Tensor, shape: tuple[int, int], device: torch.device) -> Tensor:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"{name} has shape {list(tensor.shape)}, but the batch has {shape[0]} rows of {shape[1]} tokens. ReFT reads "
-            f"{name} to find the tokens to edit: pass it with shape {list(shape)}, or pass intervention_mask instead."
-        )
-    return tensor.to(device)

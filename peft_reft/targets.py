@@ -6,6 +6,7 @@ modules is found here, before the first module is wrapped.
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -51,13 +52,17 @@ def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, Target]:
             "edit the blocks of the main stack."
         )
     _refuse_nesting(model, names)
-    targets = {name: Target(name, _width(model, name, stack is not None), stack is not None) for name in names}
+    stacks = _stacks(model)
+    targets = {}
+    for name in names:
+        is_block = name.rpartition(".")[0] in stacks
+        targets[name] = Target(name, _width(model, name, is_block), is_block)
     _check_width(config, targets)
     return targets
 
 
 def main_stack(model: nn.Module) -> list[str]:
-    """Names of the blocks of the model's main stack, in order.
+    """Names of the blocks of the model's main stack, in order. Of an encoder-decoder model, those of its encoder.
 
     Found by structure, for any transformers architecture: the outermost list of modules that is as long as the
     (text) config says that the model is deep.
@@ -65,18 +70,16 @@ def main_stack(model: nn.Module) -> list[str]:
     Raises:
         ValueError: when there is no such list or more than one.
     """
-    config = _text_config(model)
+    encoder = encoder_of(model)
+    root = model if encoder is None else encoder
+    config = _text_config(root) or _text_config(model)
     if config is None:
         raise ValueError(
             f"{type(model).__name__} is no transformers model, so its blocks can't be found. Set target_modules to the "
             "modules to edit, for example target_modules=['mlp']."
         )
     depth = getattr(config, "num_hidden_layers", None)
-    lists: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        nested = any(name.startswith(f"{outer}.") for outer in lists)
-        if isinstance(module, nn.ModuleList) and len(module) > 0 and not nested:
-            lists[name] = module
+    lists = _stacks(root)
     stacks = [name for name, module in lists.items() if len(module) == depth]
     if len(stacks) > 1:  # a text and a vision tower of the same depth: transformers may name the block of one of them
         block_names = set(getattr(model, "_no_split_modules", None) or ())
@@ -88,13 +91,42 @@ def main_stack(model: nn.Module) -> list[str]:
             f"{'several have' if stacks else 'none has'} num_hidden_layers={depth} members. Set target_modules to the "
             "modules to edit, for example a regex such as target_modules='model.layers.[0-9]+'."
         )
-    return [f"{stacks[0]}.{index}" for index in range(len(lists[stacks[0]]))]
+    blocks = set(lists[stacks[0]])
+    return [name for name, module in model.named_modules() if module in blocks]
+
+
+def encoder_of(model: nn.Module) -> nn.Module | None:
+    """The encoder of an encoder-decoder model, None for other models."""
+    takes_both = "decoder_input_ids" in inspect.signature(model.forward).parameters
+    get_encoder: Any = getattr(model, "get_encoder", None)
+    encoder = get_encoder() if takes_both and get_encoder is not None else None
+    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
+
+
+def _stacks(root: nn.Module) -> dict[str, nn.ModuleList]:
+    """The outermost lists of modules: the members of a long one are blocks."""
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in root.named_modules():
+        nested = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and len(module) > 0 and not nested:
+            lists[name] = module
+    return lists
 
 
 def _text_config(model: nn.Module) -> Any:
     """The config of a transformers model, or of its text part, None for other models."""
     get_text_config = getattr(getattr(model, "config", None), "get_text_config", None)
     return get_text_config() if get_text_config else None
+
+
+def _hidden_size(model: nn.Module, name: str) -> int | None:
+    """Width of the hidden states around a module: that of the nearest part of the model with a config of its own."""
+    while name:
+        name = name.rpartition(".")[0]
+        hidden_size = getattr(_text_config(model.get_submodule(name)), "hidden_size", None)
+        if hidden_size is not None:
+            return hidden_size
+    return None
 
 
 def _unwrap(module: nn.Module) -> nn.Module:
@@ -167,7 +199,7 @@ def _refuse_nesting(model: nn.Module, names: list[str]) -> None:
 def _width(model: nn.Module, name: str, is_block: bool) -> int:
     """Size of the last dimension of a module's output."""
     module = _unwrap(model.get_submodule(name))
-    hidden_size = getattr(_text_config(model), "hidden_size", None)
+    hidden_size = _hidden_size(model, name)
     if is_block and hidden_size is not None:
         return hidden_size
     while isinstance(module, nn.Sequential) and len(module) > 0:
@@ -188,9 +220,9 @@ def _width(model: nn.Module, name: str, is_block: bool) -> int:
 
 def _check_width(config: ReftConfig, targets: dict[str, Target]) -> None:
     for target in targets.values():
-        if config.width is not None and config.width != target.width:
+        if config.asked_width not in (None, target.width):
             raise ValueError(
-                f"width={config.width}: this adapter was made for modules of width {config.width}, but {target.name!r} of "
+                f"width={config.asked_width}: this adapter was made for modules of width {config.width}, but {target.name!r} of "
                 f"this base model has width {target.width}. Load it on the base model that it was trained on"
                 + (f" ({config.base_model_name_or_path})." if config.base_model_name_or_path else ".")
             )

@@ -18,6 +18,16 @@ torch.set_num_threads(1)  # the tests run in parallel processes
 REPOSITORY = Path(__file__).parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="try 100,000 random batches in place of 2,000")
+
+
+@pytest.fixture(scope="session")
+def cases(request: pytest.FixtureRequest) -> int:
+    """How many random batches the property tests try."""
+    return 100_000 if request.config.getoption("--long") else 2_000
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow tests first, for the last minutes of a parallel run not to wait for one of them."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -57,12 +57,81 @@ ENCODERS = {
         t.DistilBertConfig(vocab_size=VOCAB, dim=32, n_layers=3, n_heads=4, hidden_dim=48, num_labels=3)
     ),
 }
+SEQ2SEQ = {
+    "t5": lambda: t.T5ForConditionalGeneration(
+        t.T5Config(
+            vocab_size=VOCAB,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=3,
+            num_decoder_layers=2,
+            num_heads=4,
+            decoder_start_token_id=PAD,
+            pad_token_id=PAD,
+            eos_token_id=EOS,
+        )
+    ),
+    "bart": lambda: t.BartForConditionalGeneration(
+        t.BartConfig(
+            vocab_size=VOCAB,
+            d_model=32,
+            encoder_layers=3,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            max_position_embeddings=128,
+            decoder_start_token_id=EOS,
+            forced_eos_token_id=None,
+            pad_token_id=PAD,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+        )
+    ),
+}
+IMAGE = VOCAB - 1  # the token that stands for a part of an image
+VISION = {
+    "llava": lambda: t.LlavaForConditionalGeneration(
+        t.LlavaConfig(
+            vision_config=t.CLIPVisionConfig(
+                hidden_size=24,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                image_size=8,
+                patch_size=4,
+            ),
+            text_config=t.LlamaConfig(**GROUPED),
+            image_token_index=IMAGE,
+            image_seq_length=4,
+        )
+    ),
+}
+# The same sizes, by task.
+CALM = {**SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TASKS = {
+    ("bert", "SEQ_CLS"): lambda: t.BertForSequenceClassification(t.BertConfig(**CALM, num_labels=3)),
+    ("bert", "TOKEN_CLS"): lambda: t.BertForTokenClassification(t.BertConfig(**CALM, num_labels=3)),
+    ("bert", "QUESTION_ANS"): lambda: t.BertForQuestionAnswering(t.BertConfig(**CALM)),
+    ("bert", "FEATURE_EXTRACTION"): lambda: t.BertModel(t.BertConfig(**CALM)),
+    ("llama", "SEQ_CLS"): lambda: t.LlamaForSequenceClassification(t.LlamaConfig(**GROUPED, num_labels=3)),
+    ("llama", "TOKEN_CLS"): lambda: t.LlamaForTokenClassification(t.LlamaConfig(**GROUPED, num_labels=3)),
+    ("llama", "QUESTION_ANS"): lambda: t.LlamaForQuestionAnswering(t.LlamaConfig(**GROUPED)),
+    ("llama", "FEATURE_EXTRACTION"): lambda: t.LlamaModel(t.LlamaConfig(**GROUPED)),
+}
 
 
-def build(name: str) -> t.PreTrainedModel:
+def blocks(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The blocks of the main stack of a tiny decoder."""
+    return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+
+
+def build(name: str | tuple[str, str]) -> t.PreTrainedModel:
     """The tiny model of that name, the same at every call, in evaluation mode."""
     torch.manual_seed(0)
-    model = {**DECODERS, **ENCODERS}[name]()
+    model = {**DECODERS, **ENCODERS, **SEQ2SEQ, **VISION, **TASKS}[name]()
     # Larger weights than transformers' start, so that what one token changes is seen at others.
     with torch.no_grad():
         for parameter in model.parameters():

@@ -103,15 +103,6 @@ def test_models_whose_stack_can_not_be_told():
         get_peft_model(base, ReftConfig(r=2))
 
 
-def test_encoder_decoders_are_refused_until_they_are_supported():
-    import transformers
-
-    config = transformers.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
-    base = transformers.T5ForConditionalGeneration(config)
-    with pytest.raises(ValueError, match=r"positions='f7\+l7' on an encoder-decoder model"):
-        get_peft_model(base, ReftConfig(r=4))
-
-
 def model_and_batch(**settings):
     settings = {"r": 4, "task_type": "CAUSAL_LM", **settings}
     return get_peft_model(build("llama"), ReftConfig(**settings)).train(), prompts(8, 5)

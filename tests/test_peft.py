@@ -192,7 +192,7 @@ def test_several_adapters(tmp_path):
 def test_one_config_serves_models_of_different_widths():
     config = ReftConfig(r=4)
     get_peft_model(build("llama"), config)
-    assert config.width is None and config.target_modules is None
+    assert config.target_modules is None and config.asked_width is None
     net = torch.nn.ModuleDict({"lin": torch.nn.Linear(8, 16)})
     net.forward = lambda x: net["lin"](x)
     config.target_modules, config.positions = ["lin"], "all"

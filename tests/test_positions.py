@@ -8,7 +8,8 @@ import random
 import pytest
 import torch
 
-from peft_reft.positions import PositionSpec, find_prompts, first_and_last, masks_from_intervention_mask, select
+from peft_reft.batch import Batch, Rules, locate
+from peft_reft.positions import PositionSpec, masks_from_intervention_mask, select
 
 
 def plainly(prompt: list[int], spec: PositionSpec) -> tuple[list[int], list[int]]:
@@ -29,9 +30,9 @@ def columns(mask: torch.Tensor) -> list[list[int]]:
 
 
 def chosen(spec: str, shape: tuple[int, int], **batch: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
-    prompts = find_prompts(shape, torch.device("cpu"), **batch)
-    first, last = first_and_last(prompts, PositionSpec.parse(spec))
-    return columns(first), columns(last)
+    rules = Rules(PositionSpec.parse(spec), groups=2)
+    located = locate(rules, Batch(shape, torch.device("cpu"), **batch), training=False)
+    return columns(located.first_BS), columns(located.last_BS)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,10 @@ def test_rules_on_padded_batches(spec, side, told_by):
                 for column in list(span)[len(prompt[row]) :]:
                     labels[row, column] = 5
             batch["labels"] = labels
+        if told_by != "attention_mask" and not any(prompt):
+            with pytest.raises(ValueError, match="no prompt tokens to edit"):
+                chosen(spec, (rows, width), **batch)
+            continue
         expected = [plainly(tokens, PositionSpec.parse(spec)) for tokens in prompt]
         first, last = chosen(spec, (rows, width), **batch)
         assert first == [pair[0] for pair in expected]
@@ -129,7 +134,7 @@ def test_packed_rows_are_split_into_their_sequences(how, spec):
 def test_selection_indexes_the_flat_batch_and_marks_spare_places(groups):
     first = torch.tensor([[0, 1, 0, 0], [0, 1, 0, 0]]).bool()
     last = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]]).bool()
-    selection = select(first, last, groups, places=5)
+    selection = select(first, last, groups, limit=5)
     kept = [row[~spare].tolist() for row, spare in zip(selection.index_GN, selection.spare_GN)]
     assert kept == ([[1, 5], [2, 3]] if groups == 2 else [[1, 2, 3, 5]])
     assert selection.shape == (2, 4)
@@ -139,7 +144,7 @@ def test_selection_indexes_the_flat_batch_and_marks_spare_places(groups):
 
 def test_selection_of_nothing_has_only_spare_places():
     nothing = torch.zeros(2, 3).bool()
-    selection = select(nothing, nothing, 2, places=2)
+    selection = select(nothing, nothing, 2, limit=2)
     assert selection.spare_GN.all() and selection.index_GN.max() < 6
 
 
@@ -164,4 +169,4 @@ def test_intervention_mask():
 )
 def test_tensors_of_another_shape_are_named(batch):
     with pytest.raises(ValueError, match=rf"{next(iter(batch))} has shape .* batch has 2 rows"):
-        find_prompts((2, 4), torch.device("cpu"), **batch)
+        chosen("f1", (2, 4), **batch)

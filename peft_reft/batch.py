@@ -1,0 +1,255 @@
+"""What a batch says of its tokens, and the tokens that an adapter edits by it.
+
+This module reads a batch as models, collators and trainers know it (`labels`, `attention_mask`, `prompt_lengths`, ...)
+and applies the rules of docs/positions.md to it. It knows nothing of caches, calls or layers: the context applies it to
+the call of a model, and `explain_positions` and the collator to a batch by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from peft import TaskType
+from torch import Tensor
+
+from .config import ReftConfig
+from .positions import PositionSpec, first_and_last, masks_from_intervention_mask
+from .prompts import (
+    IGNORED_LABEL,
+    Prompts,
+    Sequences,
+    as_batch,
+    by_labels,
+    by_lengths,
+    by_responses,
+    find_sequences,
+    total_within,
+    whole,
+)
+from .templates import IdTemplate, TextTemplate
+
+
+# The tasks whose labels are answers, and not classes.
+ANSWERING = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
+WAYS_OUT = (
+    "Say it in one of these ways: labels with -100 at the prompt; prompt_lengths [batch], which "
+    "peft_reft.PromptLengthsCollator(data_collator) adds from labels or a completion mask; response_template in "
+    "ReftConfig, the text that answers begin after; or positions='all'"
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How one adapter finds its tokens. Adapters with equal rules share a Selection.
+
+    Args:
+        spec (`PositionSpec`): Which tokens of a prompt.
+        groups (`int`): G, 2 when first and last tokens have weights of their own.
+        every (`bool`): Whether each turn has a prompt, else the first only.
+        template (`IdTemplate` or `TextTemplate`, *optional*): What an answer begins after.
+        end_ids (`tuple[int, ...]`): The tokens that end an answer.
+        reads_labels (`bool`): Whether labels mark answers, and not classes.
+    """
+
+    spec: PositionSpec
+    groups: int
+    every: bool = False
+    template: IdTemplate | TextTemplate | None = None
+    end_ids: tuple[int, ...] = ()
+    reads_labels: bool = True
+
+    @classmethod
+    def of(cls, config: ReftConfig, tokenizer: Any, end_ids: tuple[int, ...], can_generate: bool) -> Rules:
+        """Those of an adapter.
+
+        Args:
+            config (`ReftConfig`): Its configuration.
+            tokenizer (`Callable[[], PreTrainedTokenizerBase]`): Gives the tokenizer, where a text template needs it.
+            end_ids (`tuple[int, ...]`): The tokens at which the model's `generate` stops.
+            can_generate (`bool`): Whether the model can, which decides where the config has no task type.
+        """
+        template: IdTemplate | TextTemplate | None = None
+        if isinstance(config.response_template, str):
+            template = TextTemplate(config.response_template, tokenizer())
+        elif config.response_template is not None:
+            template = IdTemplate(config.response_template)
+        return cls(
+            spec=config.spec,
+            groups=config.groups,
+            every=config.prompt_boundary == "every",
+            template=template,
+            end_ids=end_ids,
+            reads_labels=can_generate if config.task_type is None else config.task_type in ANSWERING,
+        )
+
+    def __str__(self) -> str:
+        return f"positions={self.spec}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of a batch, or of the part of one that an encoder or a decoder is given.
+
+    Args:
+        shape (`tuple[int, int]`): (B, S).
+        device (`torch.device`): Where its tokens are.
+        input_ids, attention_mask, position_ids, labels (`torch.Tensor`, *optional*): [B, S].
+        cu_seq_lens (`torch.Tensor`, *optional*): [Q + 1], where packed sequences begin and end.
+        prompt_lengths (`torch.Tensor`, *optional*): [B], or [Q] for packed rows.
+        intervention_mask (`torch.Tensor`, *optional*): [B, S].
+    """
+
+    shape: tuple[int, int]
+    device: torch.device
+    input_ids: Tensor | None = None
+    attention_mask: Any = None
+    position_ids: Tensor | None = None
+    cu_seq_lens: Tensor | None = None
+    labels: Tensor | None = None
+    prompt_lengths: Tensor | None = None
+    intervention_mask: Tensor | None = None
+
+    @property
+    def told(self) -> Literal["prompt_lengths", "intervention_mask"] | None:
+        """What was said of the prompts in so many words, if anything."""
+        if self.intervention_mask is not None:
+            return "intervention_mask"
+        return "prompt_lengths" if self.prompt_lengths is not None else None
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """Its sequences: one in a row, or several in a packed one."""
+        return find_sequences(
+            self.shape,
+            self.device,
+            attention_mask=_padding_mask(self.attention_mask, self.shape),
+            position_ids=self.position_ids,
+            cu_seq_lens=self.cu_seq_lens,
+        )
+
+
+@dataclass(frozen=True)
+class Located:
+    """The tokens of a batch that an adapter edits.
+
+    Args:
+        first_BS, last_BS (`torch.BoolTensor`): Those edited as first and as last tokens.
+        runs (`int`, *optional*): How many runs of prompt tokens they come from at most, where that is known.
+        source (`str`): What said where the prompts are: `"intervention_mask"`, `"prompt_lengths"`,
+            `"response_template"`, `"labels"`, or `"all tokens"`.
+        prompt_BS (`torch.BoolTensor`, *optional*): The prompts. None where an intervention_mask names the tokens.
+    """
+
+    first_BS: Tensor
+    last_BS: Tensor
+    runs: int | None
+    source: str
+    prompt_BS: Tensor | None = None
+
+
+def locate(rules: Rules, batch: Batch, training: bool) -> Located:
+    """The tokens that an adapter edits in a batch.
+
+    What tells the prompts is, in this order: `intervention_mask` or `prompt_lengths`, the response template, labels.
+    Without any, all real tokens are prompt.
+
+    Args:
+        rules (`Rules`): Those of the adapter.
+        batch (`Batch`): The batch, whole: not the rest of a prompt whose start is in a cache.
+        training (`bool`): Whether the model is trained on it, so that answers are among the tokens.
+
+    Raises:
+        ValueError: when tensors do not fit the batch, and when it does not say where its prompts are, or has none.
+    """
+    if batch.intervention_mask is not None:
+        first_BS, last_BS = masks_from_intervention_mask(
+            batch.intervention_mask, batch.shape, rules.groups, batch.device
+        )
+        if training:
+            _refuse_empty(first_BS | last_BS, rules, "intervention_mask")
+        return Located(first_BS, last_BS, None, "intervention_mask")
+    sequences = batch.sequences
+    prompts, source = _prompts(rules, batch, sequences, training)
+    first_BS, last_BS = first_and_last(prompts, rules.spec)
+    if training and source != "all tokens":
+        _refuse_empty(first_BS | last_BS, rules, source, prompts.prompt_BS)
+    elif source in ("labels", "prompt_lengths"):
+        _refuse_empty(prompts.prompt_BS, rules, source)
+    return Located(first_BS, last_BS, prompts.runs, source, prompts.prompt_BS)
+
+
+def _prompts(rules: Rules, batch: Batch, sequences: Sequences, training: bool) -> tuple[Prompts, str]:
+    labels = batch.labels if rules.reads_labels else None
+    if labels is not None:
+        labels = as_batch("labels", labels, batch.shape, batch.device)
+    if batch.prompt_lengths is not None:
+        return by_lengths(sequences, batch.prompt_lengths), "prompt_lengths"
+    if rules.template is not None and rules.reads_labels:
+        if batch.input_ids is None:
+            raise ValueError(
+                "response_template is looked for in input_ids, and the batch has inputs_embeds alone. Pass prompt_lengths "
+                f"[{batch.shape[0]}] with it, the tokens of each prompt."
+            )
+        ids_BS = batch.input_ids.to(batch.device)
+        match_BS = rules.template.matches(ids_BS, sequences.start_BS)
+        if training:
+            _refuse_missing(match_BS, sequences, labels)
+        end_BS = torch.isin(ids_BS, torch.tensor(rules.end_ids, device=batch.device, dtype=ids_BS.dtype))
+        return by_responses(sequences, match_BS, end_BS, rules.every), "response_template"
+    if labels is not None:
+        return by_labels(sequences, labels, rules.every), "labels"
+    if training and rules.reads_labels:
+        raise ValueError(
+            f"{rules}: a training batch without labels does not say where its prompts end, and ReFT edits tokens of the "
+            f"prompt. {WAYS_OUT}."
+        )
+    return whole(sequences), "all tokens"
+
+
+def _padding_mask(mask: Any, shape: tuple[int, int]) -> Tensor | None:
+    """The part of an attention mask that is about the batch's tokens. A static cache brings a wider one."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        given = f"of shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise ValueError(
+            f"attention_mask is {given}, from which ReFT can't tell padding. Pass one of shape [batch, tokens] with 0 for "
+            "padding, or say which tokens to edit with intervention_mask."
+        )
+    return mask[:, : shape[1]]
+
+
+EMPTY = {
+    "labels": "no label of -100 stands before an answer (is train_on_inputs set, or is this plain text?)",
+    "prompt_lengths": "prompt_lengths is 0 for every row",
+    "intervention_mask": "intervention_mask is 0 everywhere",
+    "response_template": "it begins with an answer",
+}
+
+
+def _refuse_empty(edited_BS: Tensor, rules: Rules, source: str, prompt_BS: Tensor | None = None) -> None:
+    """A batch that is to be edited and has nothing to edit."""
+    if bool(edited_BS.any()):
+        return
+    cause = EMPTY[source]
+    if prompt_BS is not None and bool(prompt_BS.any()):
+        cause = f"by its {source}, no prompt has more than one token, too few for both first and last tokens"
+    raise ValueError(f"{rules}: the batch has no prompt tokens to edit: {cause}. {WAYS_OUT}.")
+
+
+def _refuse_missing(match_BS: Tensor, sequences: Sequences, labels: Tensor | None) -> None:
+    """A training sequence without the response template would be edited at the end of its answer."""
+    missing_BS = sequences.real_BS & (total_within(match_BS & sequences.real_BS, sequences.start_BS) == 0)
+    if labels is not None:  # a prompt cut off before its answer is harmless: nothing is learnt from it
+        missing_BS &= total_within(labels != IGNORED_LABEL, sequences.start_BS) > 0
+    rows = missing_BS.any(dim=1).nonzero().flatten().tolist()
+    if rows:
+        raise ValueError(
+            f"response_template is not in row {rows[0]} of the training batch (rows without it: {len(rows)} of "
+            f"{match_BS.shape[0]}). Check it against the text of a prompt with peft_reft.explain_positions. Where a sequence "
+            "was cut off before its answer, allow more tokens or leave it out; or pass prompt_lengths [batch], which "
+            "peft_reft.PromptLengthsCollator(data_collator) adds."
+        )

@@ -1,0 +1,160 @@
+"""Finding the response template in tokens: where an answer begins, without labels.
+
+A template of token ids is found as it stands. A template of text is found however the tokenizer cut it: what comes
+before and after a text changes the tokens at its edges, so the search goes through the bytes that the tokens stand for.
+A table made once says what each token does to a search in progress (Knuth, Morris and Pratt's automaton, which reads a
+byte at a time, taken over the bytes of the token); the searches of a batch are then compositions of table rows, on the
+batch's own device and without a loop over tokens.
+
+Dimensions: B rows of the batch, S tokens, V tokens of the vocabulary, L bytes of the template, M = L + 1 states of a
+search (how many bytes of the template the text read so far ends with).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+
+class IdTemplate:
+    """A response template of token ids.
+
+    Args:
+        ids (`list[int]`): The ids, in order.
+    """
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids = ids
+
+    def matches(self, ids_BS: Tensor, start_BS: Tensor) -> Tensor:
+        """The last token of each match, as a bool mask [B, S]. No match crosses a token of `start_BS`."""
+        found_BS = torch.ones_like(start_BS)
+        for back, wanted in enumerate(reversed(self.ids)):
+            found_BS &= _earlier(ids_BS == wanted, back)
+            if back + 1 < len(self.ids):
+                found_BS &= ~_earlier(start_BS, back)
+        return found_BS
+
+
+class TextTemplate:
+    """A response template of text, for the tokens of one tokenizer.
+
+    Args:
+        text (`str`): The text.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): The tokenizer that made the tokens to search in.
+
+    Raises:
+        ValueError: for a tokenizer whose tokens do not say which bytes they stand for, or that changes the text.
+    """
+
+    def __init__(self, text: str, tokenizer: Any) -> None:
+        self.text = text
+        tokens = _token_bytes(tokenizer)
+        state_VM, hit_VM = _search_table(text.encode(), tokens)
+        self.state_VM = torch.from_numpy(state_VM)
+        self.hit_VM = torch.from_numpy(hit_VM)
+        ids_1S = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+        if ids_1S.numel() == 0 or not self.matches(ids_1S, torch.zeros_like(ids_1S, dtype=torch.bool)).any():
+            raise ValueError(
+                f"response_template={text!r} is not found in its own tokens: {type(tokenizer).__name__} changes the text. "
+                f"Give the token ids that your prompts end with, for example response_template={ids_1S[0].tolist()}."
+            )
+
+    def matches(self, ids_BS: Tensor, start_BS: Tensor) -> Tensor:
+        """The tokens in which a match ends, as a bool mask [B, S]. No match crosses a token of `start_BS`."""
+        if self.state_VM.device != ids_BS.device:
+            self.state_VM, self.hit_VM = self.state_VM.to(ids_BS.device), self.hit_VM.to(ids_BS.device)
+        known_BS = (ids_BS >= 0) & (ids_BS < self.state_VM.shape[0])
+        row_BS = ids_BS.where(known_BS, 0)
+        state_BSM = self.state_VM[row_BS].long()
+        # What is no token of the vocabulary ends every search; the first token of a sequence begins one.
+        state_BSM = state_BSM.where(known_BS[..., None], 0)
+        state_BSM = state_BSM.where(~start_BS[..., None], state_BSM[..., :1])
+        # After k rounds, what the 2^k tokens up to each do to a search.
+        span = 1
+        while span < ids_BS.shape[1]:
+            composed_BSM = state_BSM[:, span:].gather(2, state_BSM[:, :-span])
+            state_BSM = torch.cat([state_BSM[:, :span], composed_BSM], dim=1)
+            span *= 2
+        before_BS = state_BSM[..., 0].roll(1, dims=1)
+        before_BS = before_BS.masked_fill(start_BS, 0)
+        before_BS[:, 0] = 0
+        return self.hit_VM[row_BS].gather(2, before_BS[..., None])[..., 0] & known_BS
+
+
+def _earlier(mask_BS: Tensor, back: int) -> Tensor:
+    """For each token, the value of the token so many places before it: False at a row's start."""
+    if back == 0:
+        return mask_BS
+    earlier_BS = mask_BS.roll(back, dims=1)
+    earlier_BS[:, :back] = False
+    return earlier_BS
+
+
+def _search_table(template: bytes, tokens: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """For each token and each state of a search: the state after it [V, M], and whether a match ends in it [V, M]."""
+    step = _automaton(template)
+    state_VM = np.tile(np.arange(len(template) + 1, dtype=np.int16), (len(tokens), 1))
+    hit_VM = np.zeros(state_VM.shape, dtype=bool)
+    lengths = np.array([len(token) for token in tokens])
+    order = np.argsort(-lengths, kind="stable")
+    for position in range(lengths.max(initial=0)):
+        longer = order[: int((lengths > position).sum())]
+        byte = np.array([tokens[index][position] for index in longer])
+        state_VM[longer] = step[state_VM[longer], byte[:, None]]
+        hit_VM[longer] |= state_VM[longer] == len(template)
+    return state_VM, hit_VM
+
+
+def _automaton(template: bytes) -> np.ndarray:
+    """The next state for each state and byte, [M, 256]."""
+    step = np.zeros((len(template) + 1, 256), dtype=np.int16)
+    step[0, template[0]] = 1
+    fallback = 0  # the state of a search that began one byte later
+    for state in range(1, len(template) + 1):
+        step[state] = step[fallback]
+        if state < len(template):
+            step[state, template[state]] = state + 1
+            fallback = step[fallback, template[state]]
+    return step
+
+
+def _token_bytes(tokenizer: Any) -> list[bytes]:
+    """The bytes that each token stands for, by its id."""
+    kinds = _decoders(tokenizer)
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
+    if "ByteLevel" in kinds:
+        byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+
+        def read(token: str) -> bytes:
+            return b"".join(bytes([byte_of[c]]) if c in byte_of else c.encode() for c in token)
+    elif {"ByteFallback", "Metaspace", "Replace"} & kinds:
+
+        def read(token: str) -> bytes:
+            if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+                return bytes([int(token[3:5], 16)])
+            return token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+    else:
+        raise ValueError(
+            f"response_template as text needs a tokenizer of byte-level or SentencePiece kind, and {type(tokenizer).__name__} "
+            "is neither. Give the token ids that your prompts end with, for example response_template=[32, 7, 13]."
+        )
+    return [
+        added[index].encode() if index in added else read(token) if token is not None else b""
+        for index, token in enumerate(tokens)
+    ]
+
+
+def _decoders(tokenizer: Any) -> set[str]:
+    """The names of the steps with which a tokenizer makes text of tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return set()
+    decoder = json.loads(backend.to_str())["decoder"] or {}
+    return {step["type"] for step in [decoder, *decoder.get("decoders", ())] if "type" in step}
