@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Literal, Optional, Union
 
 from peft import PeftConfig
@@ -193,8 +192,8 @@ class ReftConfig(PeftConfig):
 
     @property
     def spec(self) -> PositionSpec:
-        """The parsed `positions`. Every layer reads it in every forward, so a text is parsed once."""
-        return _parse(self.positions)
+        """The parsed `positions`."""
+        return PositionSpec.parse(self.positions)
 
     @property
     def groups(self) -> int:
@@ -210,9 +209,6 @@ class ReftConfig(PeftConfig):
         """Note the width of the edited modules, to be saved. The same config may make an adapter of another width next."""
         self._width_is_noted = self.asked_width is None
         self.width = next(iter(widths)) if len(widths) == 1 else None
-
-
-_parse = cache(PositionSpec.parse)
 
 
 def _is_int(value: Any) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -63,6 +63,7 @@ class ForwardContext:
         self.parameters = tuple(inspect.signature(model.forward).parameters)
         self.encoder_parameters: tuple[str, ...] = ()
         self._sides: dict[str, set[bool]] = {}  # whether an adapter edits the encoder, the rest, or both
+        self._stacks: list[nn.ModuleList] = []  # the lists that edited blocks stand in
         self._saw_labels = False
         self._state = _CallState()
         self._handles: list[Any] = []
@@ -85,6 +86,9 @@ class ForwardContext:
         """Serve an adapter, whose layers are in the model already, and watch the calls of the model."""
         self.layers = [module for module in model.modules() if isinstance(module, ReftLayer)]
         self.rules[adapter_name] = rules
+        self._stacks = [
+            m for m in model.modules() if isinstance(m, nn.ModuleList) and any(c in self.layers for c in m)
+        ]
         self._sides[adapter_name] = {layer.in_encoder for layer in self.layers if adapter_name in layer.reft_config}
         if self._handles:
             return
@@ -95,6 +99,13 @@ class ForwardContext:
             self._watch(encoder, self._before_encoder, self._after_encoder)
         if hasattr(model, "generate"):
             model.generate = _Generate(self, model)  # type: ignore[assignment]
+
+    def _around_edits(self, model: nn.Module) -> Iterable[nn.Module]:
+        """The modules that may run an edit again in backward: all, or, where only whole blocks are edited, what may have
+        been wrapped around a block since."""
+        if all(layer.is_block for layer in self.layers):
+            return (member for stack in self._stacks for member in stack)
+        return model.modules()
 
     def _watch(self, module: nn.Module, before: Callable, after: Callable) -> None:
         self._handles += [
@@ -138,8 +149,8 @@ class ForwardContext:
         self._state.told = told or (generation.told if generation is not None else {})
         self._state.selections = {}
         retract_stale(self.layers)
-        if model.training and not all(layer.is_block for layer in self.layers):
-            bind_checkpoints(model.modules(), self._remember)
+        if model.training:
+            bind_checkpoints(self._around_edits(model), self._remember)
         self._refuse_stray_subspaces(told)
         self._select_all(arguments, model.training, in_encoder=False)
         return args, {key: value for key, value in kwargs.items() if key not in TOLD}
@@ -187,7 +198,7 @@ class ForwardContext:
         for name in layer.active_adapters:
             if in_encoder in self._sides.get(name, ()):
                 config = next(layer.reft_config[name] for layer in self.layers if name in layer.reft_config)
-                if not config.spec.all_tokens or config.subspaces is not None:
+                if not self.rules[name].spec.all_tokens or config.subspaces is not None:
                     in_use[name] = config
         return in_use
 
@@ -207,7 +218,8 @@ class ForwardContext:
         training = training and generation is None
         selection: Selection | None
         if rules.spec.all_tokens:
-            selection = Selection(batch.shape, None, None)
+            everything_BS = torch.ones(batch.shape, dtype=torch.bool, device=batch.device)
+            selection = Selection(everything_BS, None, None)
         elif in_encoder:
             selection = self._select_in_batch(rules, batch, training)
         else:

@@ -72,6 +72,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.reft_b = nn.ParameterDict()
         self.reft_config: dict[str, ReftConfig] = {}
         self._act: dict[str, Any] = {}
+        self._all_tokens: dict[str, bool] = {}
         # Which state of each basis is known to have orthonormal rows: (identity, version) of the parameter.
         self._clean: dict[str, tuple[int, int]] = {}
         self.register_state_dict_pre_hook(_retract_before_saving)
@@ -109,6 +110,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         shape = (config.groups, config.r, width)
         self.reft_config[adapter_name] = config
         self._act[adapter_name] = activation(config.act_fn)
+        self._all_tokens[adapter_name] = config.spec.all_tokens
         self.reft_R[adapter_name] = nn.Parameter(torch.empty(shape, dtype=torch.float32))
         if intervention.has_source:
             self.reft_W[adapter_name] = nn.Parameter(torch.empty(shape, dtype=torch.float32))
@@ -148,6 +150,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._act.pop(adapter_name, None)
+        self._all_tokens.pop(adapter_name, None)
         self._clean.pop(adapter_name, None)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -196,15 +199,15 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def _edit(self, h: Tensor, adapter_name: str, in_place: bool) -> Tensor:
         """Edit the selected rows of h [..., D]. Returns h itself, or a copy where it may not be written to."""
-        config = self.reft_config[adapter_name]
+        all_tokens = self._all_tokens[adapter_name]
         selection = None
-        if not config.spec.all_tokens or config.subspaces is not None:
+        if not all_tokens or self.reft_config[adapter_name].subspaces is not None:
             selection = self.context.selection(adapter_name, self)
             if selection is None:  # a decode step
                 return h
             self._check_shape(h, selection)
             selection = selection.to(h.device)
-        if config.spec.all_tokens:
+        if all_tokens:
             # Backward reads the states as they were before the edit.
             before = h.clone() if in_place and torch.is_grad_enabled() else h
             kept_TR = None if selection is None else selection.kept_TR
@@ -220,7 +223,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         return edit(0, index_GN.flatten(), delta_GND.flatten(0, 1)).view(h.shape)
 
     def _check_shape(self, h: Tensor, selection: Selection) -> None:
-        rows, width = selection.shape
+        rows, width = selection.edited_BS.shape
         if h.shape[:-1] not in ((rows, width), (rows * width,)):
             raise ValueError(
                 f"{self.name!r} returns shape {list(h.shape)}, which does not hold one state for each of the batch's "

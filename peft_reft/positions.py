@@ -72,7 +72,7 @@ class Selection:
     device: a prompt that is too short leaves places to spare, which `spare_GN` marks.
 
     Args:
-        shape (`tuple[int, int]`): (B, S) of the forward.
+        edited_BS (`torch.BoolTensor`): The tokens that are edited.
         index_GN (`torch.LongTensor`, *optional*): Indices into the T tokens. A spare place repeats a token. None: every
             token.
         spare_GN (`torch.BoolTensor`, *optional*): The places that hold no token to edit.
@@ -80,17 +80,20 @@ class Selection:
             subspaces. None: all.
     """
 
-    shape: tuple[int, int]
+    edited_BS: Tensor  # for its shape: a tensor's may vary in a compiled model, where a number of Python's may not
     index_GN: Tensor | None
     spare_GN: Tensor | None
     kept_TR: Tensor | None = None
 
     def to(self, device: torch.device) -> Selection:
         """The same on another device, for a model that is spread over several."""
-        tensors = (self.index_GN, self.spare_GN, self.kept_TR)
-        if all(tensor is None or tensor.device == device for tensor in tensors):
+        if self.edited_BS.device == device:
             return self
-        return Selection(self.shape, *(None if tensor is None else tensor.to(device) for tensor in tensors))
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return Selection(self.edited_BS.to(device), move(self.index_GN), move(self.spare_GN), move(self.kept_TR))
 
 
 def first_and_last(prompts: Prompts, spec: PositionSpec) -> tuple[Tensor, Tensor]:
@@ -126,7 +129,8 @@ def select(first_BS: Tensor, last_BS: Tensor, groups: int, limit: int | None) ->
         limit (`int`, *optional*): N, an upper bound on the tokens of a group. None counts them, and waits for the
             device to do so.
     """
-    mask_GT = torch.stack([first_BS.flatten(), last_BS.flatten()]) if groups == 2 else (first_BS | last_BS).view(1, -1)
+    edited_BS = first_BS | last_BS
+    mask_GT = torch.stack([first_BS.flatten(), last_BS.flatten()]) if groups == 2 else edited_BS.view(1, -1)
     count_GT = mask_GT.cumsum(dim=1)
     if limit is None:
         limit = round_up(int(count_GT[:, -1].max()))
@@ -136,7 +140,7 @@ def select(first_BS: Tensor, last_BS: Tensor, groups: int, limit: int | None) ->
     spare_GN = index_GN == mask_GT.shape[1]
     # Spare places repeat a token that is edited anyway rather than, say, padding, whose state may not be finite.
     index_GN = torch.where(spare_GN, index_GN[:, :1], index_GN).clamp(max=mask_GT.shape[1] - 1)
-    return Selection((first_BS.shape[0], first_BS.shape[1]), index_GN, spare_GN)
+    return Selection(edited_BS, index_GN, spare_GN)
 
 
 def places(spec: PositionSpec, groups: int, runs: int) -> int:

@@ -137,7 +137,7 @@ def test_selection_indexes_the_flat_batch_and_marks_spare_places(groups):
     selection = select(first, last, groups, limit=5)
     kept = [row[~spare].tolist() for row, spare in zip(selection.index_GN, selection.spare_GN)]
     assert kept == ([[1, 5], [2, 3]] if groups == 2 else [[1, 2, 3, 5]])
-    assert selection.shape == (2, 4)
+    assert torch.equal(selection.edited_BS, first | last)
     edited = set(kept[0]) | set(kept[-1])
     assert set(selection.index_GN.flatten().tolist()) <= edited  # spare places point at no other token
 

@@ -1,0 +1,123 @@
+"""torch.compile: the gradients and tokens of the plain model, and no compilation for each new batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import build, prompts, randomize
+from peft import PeftModel, get_peft_model
+from torch._dynamo.utils import counters
+
+from peft_reft import ReftConfig
+
+
+BACKEND = "aot_eager"  # traces as the default backend does, and leaves out the compiler
+
+
+def adapted(**settings) -> PeftModel:
+    settings = {"r": 4, "positions": "f2+l3", "task_type": "CAUSAL_LM", **settings}
+    model = get_peft_model(build("llama"), ReftConfig(**settings))
+    randomize(model)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def labelled(*lengths: int, prompt: int, seed: int) -> dict:
+    batch = prompts(*lengths, seed=seed)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels[:, :prompt] = -100
+    return {**batch, "labels": labels}
+
+
+def packed(*lengths: int, seed: int) -> dict:
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    ids = prompts(sum(lengths), seed=seed)["input_ids"]
+    return {
+        "input_ids": ids,
+        "labels": ids.masked_fill(positions < 3, -100),
+        "position_ids": positions,
+        "use_cache": False,
+    }
+
+
+BATCHES = {
+    "padded": [
+        labelled(9, 6, prompt=4, seed=1),
+        labelled(9, 7, prompt=2, seed=2),  # other lengths, same width
+        labelled(11, 8, prompt=3, seed=3),  # another width: sizes become symbols
+        labelled(13, 4, prompt=4, seed=4),
+        labelled(17, 5, prompt=5, seed=5),
+    ],
+    "packed": [
+        packed(9, 6, 5, seed=1),
+        packed(7, 6, 7, seed=2),
+        packed(8, 9, 5, 6, seed=3),
+        packed(4, 5, 6, 7, 8, seed=4),
+        packed(6, 6, 7, 5, 4, 8, 7, 9, 5, seed=5),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"share_weights": True, "intervention": "nodireft"}, {"target_modules": ["mlp"]}, {"positions": "all"}],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", BATCHES)
+def test_training(kind, settings):
+    plain, model = adapted(**settings).train(), adapted(**settings).train()
+    compiled = torch.compile(model, backend=BACKEND)
+    so_far = []
+    for batch in BATCHES[kind]:
+        losses = []
+        for run in (plain, compiled):
+            run.zero_grad()
+            losses.append(run(**batch).loss)
+            losses[-1].backward()
+        torch.testing.assert_close(*losses)
+        for (name, expected), parameter in zip(plain.named_parameters(), model.parameters()):
+            if expected.grad is not None:
+                torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
+        so_far.append(graphs())
+    assert so_far[0] == 1, "the model is one graph"
+    assert so_far[-1] <= 3 and so_far[-1] == so_far[-2], "new batches are not compiled for"
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation(cache):
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "cache_implementation": cache}
+    model = adapted().eval()
+    batches = [prompts(9, 4, side="left", seed=seed) for seed in (1, 2, 3)]
+    expected = [model.generate(**batch, **options) for batch in batches]
+    model.get_base_model().compile(backend=BACKEND)
+    so_far = []
+    for batch, tokens in zip(batches, expected):
+        assert torch.equal(model.generate(**batch, **options), tokens)
+        so_far.append(graphs())
+    assert so_far[0] > 0 and so_far[-1] == so_far[0], "a new prompt is not compiled for"
+
+
+def test_changed_weights_and_adapters_are_seen():
+    """What the hooks do outside the graph, they do at every call: bases are made orthonormal, adapters switched."""
+    model = adapted().eval()
+    compiled = torch.compile(model, backend=BACKEND)
+    batch = prompts(9, 6)
+    with torch.no_grad():
+        before = compiled(**batch).logits
+        for name, parameter in model.named_parameters():
+            if ".reft_R." in name:
+                parameter.mul_(2)  # off the manifold, as an optimizer leaves it
+        torch.testing.assert_close(compiled(**batch).logits, before, rtol=1e-4, atol=1e-4)
+        with model.disable_adapter():
+            torch.testing.assert_close(compiled(**batch).logits, build("llama")(**batch).logits)
