@@ -153,6 +153,8 @@ class ForwardContext:
             bind_checkpoints(self._around_edits(model), self._remember)
         self._refuse_stray_subspaces(told)
         self._select_all(arguments, model.training, in_encoder=False)
+        if generation is not None:
+            generation.advance()
         return args, {key: value for key, value in kwargs.items() if key not in TOLD}
 
     @torch.compiler.disable
@@ -223,7 +225,7 @@ class ForwardContext:
         elif in_encoder:
             selection = self._select_in_batch(rules, batch, training)
         else:
-            past = _cache_length(rules, arguments)
+            past = _cache_length(rules, arguments, generation)
             if generation is not None:
                 selection = generation.select(rules, batch, past)
             elif past > 0 and batch.told is None:
@@ -284,7 +286,7 @@ class ForwardContext:
         if not in_use:
             yield kwargs
             return
-        _refuse_guidance(model, kwargs)
+        _refuse_unknown_prompts(model, kwargs)
         prompts = given_prompts(model, args, kwargs, told)
         before = self._state.generation
         # A decoder's prompt is not what generate is given: that goes to the encoder.
@@ -380,20 +382,19 @@ def _batch(rules: Rules, arguments: dict[str, Any], told: dict[str, Any], prefix
     )
 
 
-def _cache_length(rules: Rules, arguments: dict[str, Any]) -> int:
+def _cache_length(rules: Rules, arguments: dict[str, Any], generation: Generation | None) -> int:
     """How many tokens the cache holds already."""
     cache = arguments.get("past_key_values")
-    try:
-        if arguments.get("cache_params") is not None:
-            raise ValueError("cache_params was passed.")
+    if arguments.get("cache_params") is None:
         if cache is None:
             return 0
         return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else cache[0][0].shape[-2]
-    except ValueError as error:
+    if generation is None:
         raise ValueError(
-            f"{rules}: this model keeps a recurrent state, which does not say how far the prompt has been read. Set "
-            f"positions='all', or generate with use_cache=False. ({error})"
-        ) from error
+            f"{rules}: this model keeps a recurrent state (cache_params), which does not say how far the prompt has been read. "
+            "Use generate, which says it, or set positions='all'."
+        )
+    return generation.fed
 
 
 def _refuse_several(batch: Batch, past: int) -> None:
@@ -423,10 +424,16 @@ def _kept(
     return kept_QR.repeat_interleave(batch.shape[0] // generation.rows * batch.shape[1], dim=0)
 
 
-def _refuse_guidance(model: Any, kwargs: dict[str, Any]) -> None:
+def _refuse_unknown_prompts(model: Any, kwargs: dict[str, Any]) -> None:
+    """Ways to generate that feed the model tokens whose place in the prompt can't be told."""
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     if kwargs.get("guidance_scale", getattr(config, "guidance_scale", None)) not in (None, 1, 1.0):
         raise ValueError(
             "guidance_scale runs the model on a second prompt within generate, and ReFT can't tell it from the first. Leave "
             "guidance_scale out, or set positions='all'."
+        )
+    if kwargs.get("cache_params") is not None:
+        raise ValueError(
+            "cache_params is a recurrent state of an earlier turn, which does not say how many tokens it has read. Give generate "
+            "the whole conversation without it, or set positions='all'."
         )

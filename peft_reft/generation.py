@@ -31,7 +31,8 @@ class Generation:
     told: dict[str, Any]
     rows: int
     prompts: Batch | None = None
-    fed: int = 0  # columns that the cache holds, after the latest forward
+    fed: int = 0  # columns that earlier forwards were fed
+    _reached: int = 0
     _located: dict[Rules, Located] = field(default_factory=dict)
 
     def decodes(self, arguments: dict[str, Any]) -> bool:
@@ -44,6 +45,10 @@ class Generation:
             and tokens is not None
             and tokens.shape[1] == 1
         )
+
+    def advance(self) -> None:
+        """A forward has found the tokens of all its adapters."""
+        self.fed = self._reached
 
     def select(self, rules: Rules, batch: Batch, past: int) -> Selection | None:
         """The tokens that an adapter edits in a forward.
@@ -59,7 +64,7 @@ class Generation:
         if self.prompts is None:
             self.prompts = batch
         rows, width = self.prompts.shape
-        self.fed = past + batch.shape[1]
+        self._reached = max(self.fed, past + batch.shape[1])
         if past >= width:
             return None  # a decode step
         if batch.shape[0] % rows != 0:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import tokenizers as tk
 import torch
 import transformers as t
 
@@ -55,6 +58,30 @@ ENCODERS = {
     "roberta": lambda: t.RobertaForSequenceClassification(t.RobertaConfig(**SIZES, num_labels=3)),
     "distilbert": lambda: t.DistilBertForSequenceClassification(
         t.DistilBertConfig(vocab_size=VOCAB, dim=32, n_layers=3, n_heads=4, hidden_dim=48, num_labels=3)
+    ),
+}
+# Hidden state in other forms than a cache of keys and values, or in one that forgets.
+CACHES = {
+    "mistral, sliding window": lambda: t.MistralForCausalLM(t.MistralConfig(**GROUPED, sliding_window=4)),
+    "gemma2, sliding window": lambda: t.Gemma2ForCausalLM(
+        t.Gemma2Config(**GROUPED, tie_word_embeddings=False, sliding_window=4)
+    ),
+    "lfm2, convolutions": lambda: t.Lfm2ForCausalLM(
+        t.Lfm2Config(**GROUPED, layer_types=["conv", "full_attention", "conv"], full_attn_idxs=[1])
+    ),
+    "falcon_h1, mamba beside attention": lambda: t.FalconH1ForCausalLM(
+        t.FalconH1Config(
+            **GROUPED,
+            mamba_d_ssm=32,
+            mamba_n_heads=4,
+            mamba_d_head=8,
+            mamba_n_groups=1,
+            mamba_d_state=8,
+            mamba_d_conv=4,
+        )
+    ),
+    "mamba": lambda: t.MambaForCausalLM(
+        t.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, state_size=4)
     ),
 }
 SEQ2SEQ = {
@@ -131,8 +158,66 @@ def blocks(model: torch.nn.Module) -> torch.nn.ModuleList:
 def build(name: str | tuple[str, str]) -> t.PreTrainedModel:
     """The tiny model of that name, the same at every call, in evaluation mode."""
     torch.manual_seed(0)
-    model = {**DECODERS, **ENCODERS, **SEQ2SEQ, **VISION, **TASKS}[name]()
+    model = {**DECODERS, **ENCODERS, **CACHES, **SEQ2SEQ, **VISION, **TASKS}[name]()
     # Larger weights than transformers' start, so that what one token changes is seen at others.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.3)
+    return model.eval()
+
+
+TEXTS = [
+    "Below is an instruction that describes a task. Write a response that completes the request.",
+    "### Instruction:\nName a colour.\n\n### Response:\nBlue, I think.",
+    "What is the answer? The answer is not known to me.",
+    "user assistant system",
+]
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHAT_VOCAB = 384
+
+
+def tokenizer(kind: str = "byte level") -> t.PreTrainedTokenizerFast:
+    """A small tokenizer that merges as large ones do, across words and line ends: byte level, or as SentencePiece has it."""
+    specials = ["<pad>", "<s>", "<|im_end|>", "<|im_start|>"]
+    tokens = tk.Tokenizer(tk.models.BPE())
+    if kind == "byte level":
+        tokens.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokens.decoder = tk.decoders.ByteLevel()
+        alphabet = tk.pre_tokenizers.ByteLevel.alphabet()
+    else:
+        tokens.normalizer = tk.normalizers.Replace(" ", "\u2581")
+        tokens.decoder = tk.decoders.Sequence(
+            [tk.decoders.Replace("\u2581", " "), tk.decoders.ByteFallback(), tk.decoders.Fuse()]
+        )
+        alphabet = []
+    # 256 places are left for bytes that a SentencePiece vocabulary falls back to.
+    trainer = tk.trainers.BpeTrainer(
+        vocab_size=CHAT_VOCAB if alphabet else CHAT_VOCAB - 256, special_tokens=specials, initial_alphabet=alphabet
+    )
+    tokens.train_from_iterator(TEXTS * 20, trainer)
+    if not alphabet:
+        trained = json.loads(tokens.to_str())["model"]
+        vocab = trained["vocab"] | {f"<0x{byte:02X}>": len(trained["vocab"]) + byte for byte in range(256)}
+        tokens.model = tk.models.BPE(vocab, [tuple(pair) for pair in trained["merges"]], byte_fallback=True)
+        tokens.add_special_tokens(specials)
+    return t.PreTrainedTokenizerFast(
+        tokenizer_object=tokens,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHATML,
+    )
+
+
+def chat_model() -> t.LlamaForCausalLM:
+    """A tiny Llama for the tokens of `tokenizer()`."""
+    torch.manual_seed(0)
+    model = t.LlamaForCausalLM(t.LlamaConfig(**{**GROUPED, "vocab_size": CHAT_VOCAB, "max_position_embeddings": 512}))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:

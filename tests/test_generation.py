@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import DECODERS, PAD, build, prompts, randomize
+from models import CACHES, DECODERS, PAD, build, chat_model, prompts, randomize, tokenizer
 from peft import PeftModel, get_peft_model
+from transformers import DynamicCache, StaticCache, pipeline
 
 from peft_reft import ReftConfig
 
@@ -56,7 +57,7 @@ def by_teacher_forcing(model: PeftModel, prompt: torch.Tensor, answer: torch.Ten
 
 
 @pytest.mark.parametrize("positions", ["f2+l3", "f1", "l2", "f7+l7", "all"])
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", [*DECODERS, *CACHES])
 def test_teacher_forcing_and_generation_agree(name, positions):
     model = adapted(name, positions=positions)
     prompt = prompts(9)["input_ids"]
@@ -115,28 +116,113 @@ def test_padding_that_generate_infers_from_the_pad_token():
     assert torch.equal(generate(model, ids, **options), generate(model, batch, **options))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"use_cache": False},
-        {"num_beams": 3},
-        {"num_beams": 2, "num_return_sequences": 2},
-        {"do_sample": True, "num_return_sequences": 3},
-        {"cache_implementation": "static"},
-        {"prefill_chunk_size": 4},
-    ],
-    ids=str,
-)
-def test_ways_of_decoding(options):
+WAYS = [
+    {"use_cache": False},
+    {"num_beams": 3},
+    {"num_beams": 2, "num_return_sequences": 2},
+    {"do_sample": True, "num_return_sequences": 3},
+    {"cache_implementation": "static"},
+    {"cache_implementation": "static", "num_beams": 2},
+    {"prefill_chunk_size": 4},
+    {"prefill_chunk_size": 4, "cache_implementation": "static"},
+]
+
+
+@pytest.mark.parametrize("positions", ["f2+l3", "all"])
+@pytest.mark.parametrize("options", WAYS, ids=str)
+@pytest.mark.parametrize("name", ["llama", *list(CACHES)[:2]])
+def test_ways_of_decoding(name, options, positions):
     """Left-padded rows give what each prompt gives alone, and sampling is reproducible."""
-    model, lengths = adapted(), (9, 4)
+    model, lengths = adapted(name, positions=positions), (9, 4)
     together = generate(model, padded(*lengths, side="left"), **options)
     if options.get("do_sample"):
         assert together.shape[0] == 6
         assert torch.equal(together, generate(model, padded(*lengths, side="left"), **options))
         return
-    options.pop("prefill_chunk_size", None)  # a prompt in chunks is edited as it would be whole
-    assert torch.equal(together, one_by_one(model, *lengths, **options))
+    # a prompt in chunks is edited as it would be whole
+    alone = {key: value for key, value in options.items() if key != "prefill_chunk_size"}
+    assert torch.equal(together, one_by_one(model, *lengths, **alone))
+
+
+@pytest.mark.parametrize("name", list(CACHES)[2:])
+def test_recurrent_states(name):
+    model = adapted(name)
+    ids = {"input_ids": prompts(9)["input_ids"]}
+    assert torch.equal(generate(model, ids), generate(model, ids, use_cache=False))
+    assert torch.equal(generate(model, ids, num_beams=2), generate(model, ids, num_beams=2, use_cache=False))
+
+
+@pytest.mark.parametrize("positions", ["f2+l3", "all"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_model": "another"},
+        {"assistant_model": "base"},
+        {"assistant_early_exit": 2},
+    ],
+    ids=str,
+)
+def test_assisted_decoding_writes_what_greedy_decoding_writes(options, positions):
+    model = adapted(positions=positions)
+    ids = {"input_ids": prompts(9)["input_ids"]}
+    expected = generate(model, ids)
+    if "assistant_model" in options:
+        options = {"assistant_model": build("qwen2" if options["assistant_model"] == "another" else "llama")}
+    assert torch.equal(generate(model, ids, **options), expected)
+
+
+def by_mask(model: PeftModel, ids: torch.Tensor, first: list[int], last: list[int]) -> torch.Tensor:
+    """The greedy prediction at each place, with these tokens edited."""
+    mask = torch.zeros_like(ids)
+    mask[:, first], mask[:, last] = 1, 2
+    with torch.no_grad():
+        return model(input_ids=ids, intervention_mask=mask).logits.argmax(dim=-1)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_cache_carried_over_from_an_earlier_turn(static):
+    """What was edited in the first turn stays; of the new tokens, those are that end the prompt of the second."""
+    model = adapted()
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+    cache = StaticCache(config=model.config, max_cache_len=64) if static else DynamicCache(config=model.config)
+    first = model.generate(input_ids=prompts(9)["input_ids"], past_key_values=cache, **options)
+    asked = torch.cat([first, prompts(5, seed=7)["input_ids"]], dim=1)
+    second = model.generate(input_ids=asked, past_key_values=cache, **options)
+    width = asked.shape[1]
+    forced = by_mask(model, second, first=[0, 1], last=[6, 7, 8, width - 3, width - 2, width - 1])
+    assert torch.equal(forced[:, 8:16], first[:, 9:])
+    assert torch.equal(forced[:, width - 1 : -1], second[:, width:])
+
+
+@pytest.mark.parametrize("boundary", ["first", "every"])
+def test_turns_of_a_conversation(boundary):
+    """With a template, each turn is generated as the whole conversation is read: with a carried cache or without."""
+    options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": [2, 5, 6], "eos_token_id": None}
+
+    def turn(length: int, seed: int) -> torch.Tensor:
+        ids = prompts(length, seed=seed)["input_ids"]
+        return torch.cat([ids.masked_fill(ids < 7, 7), torch.tensor([[5, 6]])], dim=1)
+
+    model = adapted(response_template=[5, 6], prompt_boundary=boundary)
+    cache = DynamicCache(config=model.config)
+    first = model.generate(input_ids=turn(7, 1), past_key_values=cache, **options)
+    asked = torch.cat([first, turn(4, 2)], dim=1)
+    second = model.generate(input_ids=asked, past_key_values=cache, **options)
+    assert torch.equal(model.generate(input_ids=asked, **options), second)  # read anew
+    with torch.no_grad():
+        whole = model(input_ids=second).logits
+    whole[..., [2, 5, 6]] = -torch.inf
+    forced = whole.argmax(dim=-1)
+    assert torch.equal(forced[:, 8:16], second[:, 9:17])
+    assert torch.equal(forced[:, 22:-1], second[:, 23:])
+    last = {"first": [6, 7, 8], "every": [6, 7, 8, 20, 21, 22]}[boundary]
+    with torch.no_grad():
+        mask = torch.zeros_like(second)
+        mask[:, [0, 1]], mask[:, last] = 1, 2
+        masked = model(input_ids=second, intervention_mask=mask).logits
+        masked[..., [2, 5, 6]] = -torch.inf
+        torch.testing.assert_close(masked, whole)
 
 
 def test_sampling_draws_from_the_edited_model():
@@ -192,3 +278,39 @@ def test_the_base_model_is_watched_too():
         model.get_base_model().generate(input_ids=ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None)[:, 9:],
         generate(model, {"input_ids": ids}),
     )
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"guidance_scale": 1.5}, "guidance_scale.*second prompt"),
+        ({"cache_params": object()}, "cache_params is a recurrent state of an earlier turn"),
+    ],
+)
+def test_ways_of_generating_that_do_not_say_where_the_prompt_is(options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(adapted(), {"input_ids": prompts(9)["input_ids"]}, **options)
+
+
+def test_continuous_batching_is_refused():
+    ids = prompts(9)["input_ids"]
+    batch = {"input_ids": ids, "cu_seq_lens_q": torch.tensor([0, 9]), "cache": object()}
+    with pytest.raises(ValueError, match="continuous batching.*positions='all'"):
+        adapted()(**batch)
+
+
+def test_pipeline():
+    model = get_peft_model(chat_model(), ReftConfig(r=4, positions="f2+l3", task_type="CAUSAL_LM")).eval()
+    randomize(model, scale=2.0)
+    texts = ["Name a colour.", "What is the answer to this?"]
+    options = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
+    tokens = tokenizer()
+    tokens.padding_side = "left"
+    for some in (model, model.get_base_model()):
+        run = pipeline("text-generation", model=some, tokenizer=tokens)
+        one_by_one = [run(text, **options)[0]["generated_text"] for text in texts]
+        for text, answer in zip(texts, one_by_one):
+            ids = tokens(text, return_tensors="pt")["input_ids"]
+            expected = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+            assert answer == tokens.decode(expected, skip_special_tokens=True)
+        assert [one[0]["generated_text"] for one in run(texts, batch_size=2, **options)] == one_by_one
