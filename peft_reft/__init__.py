@@ -4,13 +4,15 @@ Importing this package is all it takes: `get_peft_model`, `PeftModel.from_pretra
 `PeftConfig.from_pretrained` then know ReFT as they know LoRA.
 """
 
+from .collator import PromptLengthsCollator
 from .config import ReftConfig
+from .explain import explain_positions
 from .layer import ReftLayer
 from .model import ReftModel
 from .registration import register
 
 
 __version__ = "0.1.0"
-__all__ = ["ReftConfig", "ReftLayer", "ReftModel"]
+__all__ = ["PromptLengthsCollator", "ReftConfig", "ReftLayer", "ReftModel", "explain_positions"]
 
 register()

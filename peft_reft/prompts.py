@@ -144,12 +144,15 @@ def by_labels(sequences: Sequences, labels: Tensor, every: bool) -> Prompts:
 
     Args:
         sequences (`Sequences`): Those of the batch.
-        labels (`torch.Tensor`): [B, S]. A sequence without any label is all prompt.
+        labels (`torch.Tensor`): [B, S]. A row without any label is all prompt. In a packed row, a sequence without any is
+            left out: padding at the end of a row looks like that where position ids alone tell sequences apart.
         every (`bool`): Whether every answer has a prompt of its own, else the first only.
     """
     answer_BS = sequences.real_BS & (labels != IGNORED_LABEL)
     answered_BS = count_within(answer_BS, sequences.start_BS)
     prompt_BS = sequences.real_BS & (answered_BS == 0)
+    if sequences.packed:
+        prompt_BS &= total_within(answer_BS, sequences.start_BS) > 0
     if not every:
         return replace(whole(sequences), prompt_BS=prompt_BS)
     before_another_BS = answered_BS < total_within(answer_BS, sequences.start_BS)

@@ -33,7 +33,8 @@ class Sequence:
 
 @dataclass
 class Rule:
-    """How tokens are chosen. `told` is what says it: nothing, lengths, labels, template or mask."""
+    """How tokens are chosen. `told` is what says it: nothing, lengths, labels, template or mask. `packed`: several sequences
+    stand in one row."""
 
     first: int
     last: int
@@ -42,6 +43,7 @@ class Rule:
     every: bool
     template: tuple[int, ...]
     end: int
+    packed: bool = False
 
 
 def runs_of_prompt(sequence: Sequence, rule: Rule) -> list[list[int]]:
@@ -53,7 +55,7 @@ def runs_of_prompt(sequence: Sequence, rule: Rule) -> list[list[int]]:
         return [list(range(min(sequence.prompt_length, n)))]
     runs = runs_before_labels(sequence.labels) if rule.told == "labels" else runs_before_matches(sequence.ids, rule)
     if runs is None:
-        return [list(range(n))]
+        return [] if rule.packed and rule.told == "labels" else [list(range(n))]
     return runs if rule.every else [run for run in runs if run[0] == 0]
 
 

@@ -102,7 +102,8 @@ def packed_row(lengths: list[int], padding: int) -> dict[str, torch.Tensor]:
     for length in lengths:
         prompt = max(1, length // 2)
         labels += [-100] * prompt + [5] * (length - prompt)
-        prompt_of.append(list(range(start, start + prompt)))
+        # a sequence of a packed row in which nothing is an answer is left alone
+        prompt_of.append(list(range(start, start + prompt)) if prompt < length else [])
         start += length
     return {
         "numbers": torch.tensor([numbers]),
@@ -128,6 +129,15 @@ def test_packed_rows_are_split_into_their_sequences(how, spec):
     expected = [plainly(prompt, PositionSpec.parse(spec)) for prompt in row["prompts"]]
     assert first == [[column for pair in expected for column in pair[0]]]
     assert last == [[column for pair in expected for column in pair[1]]]
+
+
+def test_padding_that_looks_like_a_sequence():
+    """axolotl fills a packed row up with padding whose position ids restart, and passes no mask."""
+    position_ids = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2]])
+    labels = torch.tensor([[-100, -100, 5, 5, -100, 5, 5, -100, -100, -100]])
+    assert chosen("f1+l1", (1, 10), position_ids=position_ids, labels=labels) == ([[0]], [[1]])
+    assert chosen("f1", (1, 10), position_ids=position_ids, labels=labels) == ([[0, 4]], [[]])
+    assert chosen("f1", (1, 10), position_ids=position_ids) == ([[0, 4, 7]], [[]])  # nothing says which is padding
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -181,6 +181,7 @@ def backward(logits: list[torch.Tensor]) -> None:
 def check(name: str, layout: Layout, config: ReftConfig, rule: oracle.Rule) -> None:
     """One case: the real path gives what the oracle gives."""
     layout.say(rule, config.groups)
+    rule.packed = layout.packed and len(layout.texts) > 1
     model = get_peft_model(base(name, "real"), config).double().eval()
     try:
         randomize(model)

@@ -23,6 +23,8 @@ SHARED_KEYS = {
 }
 # LoRA keys that are about loading, the same for every adapter.
 LOADING_KEYS = {"lora_model_dir", "lora_on_cpu", "peft_autocast_adapter_dtype"}
+# Kinds of `rl:` whose trainers pass on what a collator adds to their batches. Others take ids and masks alone.
+TOLD_BY_COLLATOR = ("dpo", "ipo", "kto")
 LORA_PREFIXES = ("lora_", "peft_", "loraplus_", "qlora_")
 
 
@@ -38,12 +40,20 @@ class ReftBlock(BaseModel):
     init_weights: Literal["pyreft"] | bool | None = Field(default=None, description="True, or 'pyreft'.")
     target_modules: list[str] | str | None = Field(default=None, description="Modules whose output is edited.")
     exclude_modules: list[str] | str | None = Field(default=None, description="Modules to leave alone.")
+    response_template: str | list[int] | None = Field(
+        default=None, description="Text or token ids that answers begin after."
+    )
+    prompt_boundary: Literal["first", "every"] | None = Field(
+        default=None, description="Which turns of a conversation have a prompt: 'first' (default) or 'every'."
+    )
+
+    debug: bool | None = Field(default=None, description="Log the edited tokens of a training batch, as --debug does.")
 
     @field_validator("*")
     @classmethod
     def check_value(cls, value: Any, info: ValidationInfo) -> Any:
         """Let ReftConfig judge each value, so that a mistake stops axolotl before it loads a model."""
-        if value is not None:
+        if value is not None and info.field_name != "debug":
             ReftConfig(**{str(info.field_name): value})
         return value
 
@@ -52,6 +62,8 @@ class ReftArgs(BaseModel):
     """What the plugin adds to axolotl's config."""
 
     reft: ReftBlock | None = Field(default=None, description="Settings of a ReFT adapter that LoRA has no key for.")
+    # What `--debug` sets. axolotl keeps a key only if something declares it, and overwrites a YAML's own with the flag.
+    debug: bool | None = Field(default=None, description="Log the edited tokens of a training batch.")
 
     @model_validator(mode="after")
     def check_reft(self) -> ReftArgs:
@@ -63,13 +75,34 @@ class ReftArgs(BaseModel):
                     "and no change of a weight does that. Nothing was written. Load the adapter beside its base model "
                     "instead: `axolotl inference --lora-model-dir ...`, or PeftModel.from_pretrained(base, adapter_dir)."
                 )
-            reft_config(self)
+            _check_prompts_are_known(self, reft_config(self))
         elif self.reft is not None:
             raise ValueError(
                 f"reft: is set, but adapter: {adapter} is not a ReFT adapter. Set adapter: to one of "
                 f"{', '.join(INTERVENTIONS)}, or remove the reft: block."
             )
         return self
+
+
+def _check_prompts_are_known(cfg: Any, config: ReftConfig) -> None:
+    """Settings of axolotl with which nothing says where a prompt ends stop here, before a model is loaded."""
+    if config.spec.all_tokens or config.response_template is not None:
+        return
+    ways_out = (
+        "set reft: response_template: to the text that your answers begin after (for example '### Response:', or "
+        "'<|im_start|>assistant\\n'), or reft: positions: all"
+    )
+    if getattr(cfg, "train_on_inputs", None):
+        raise ValueError(
+            "train_on_inputs: true leaves no label masked, so labels do not say where prompts end, and ReFT edits tokens of the "
+            f"prompt. Set train_on_inputs: false; or, to train on inputs too, {ways_out}."
+        )
+    rl = getattr(cfg, "rl", None)
+    if rl is not None and str(getattr(rl, "value", rl)) not in TOLD_BY_COLLATOR:
+        raise ValueError(
+            f"rl: {getattr(rl, 'value', rl)} gives the model no labels and no key that a collator adds, so nothing says where "
+            f"prompts end, and ReFT edits tokens of the prompt. For this trainer, {ways_out}."
+        )
 
 
 def is_reft(adapter: str | None) -> bool:
@@ -90,8 +123,11 @@ def reft_config(cfg: Any, task_type: str | None = None) -> ReftConfig:
     settings = {field: getattr(cfg, key, None) for key, field in SHARED_KEYS.items()}
     block = getattr(cfg, "reft", None)
     if block is not None:
-        settings.update({field: getattr(block, field, None) for field in ReftBlock.model_fields})
+        settings.update({field: getattr(block, field, None) for field in ReftBlock.model_fields if field != "debug"})
     settings = {field: value for field, value in settings.items() if value is not None}
+    tokenizer = getattr(cfg, "tokenizer_config", None)
+    if "response_template" in settings and tokenizer and tokenizer != getattr(cfg, "base_model", None):
+        settings["tokenizer_name_or_path"] = tokenizer
     try:
         return ReftConfig(intervention=cfg.adapter, task_type=task_type, **settings)
     except ValueError as error:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import functools
+import io
 from typing import Any
 
+import torch
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from axolotl.loaders import load_tokenizer
 from axolotl.loaders.adapter import _get_peft_task_type
 from axolotl.loaders.model import ModelLoader
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from peft_reft import ReftConfig
+from peft_reft import PromptLengthsCollator, ReftConfig, explain_positions
 from peft_reft.interventions import INTERVENTIONS
+from peft_reft.templates import TextTemplate
 
 from .args import is_reft, meaningless_keys, reft_config
 
 
-LOG = get_logger(__name__)
+# A name below axolotl's own, for its log level to hold: other libraries' are shown from warnings up.
+LOG = get_logger("axolotl.integrations.reft")
 
 
 class ReftPlugin(BasePlugin):
@@ -47,12 +52,24 @@ class ReftPlugin(BasePlugin):
         if cfg._reft_adapter:
             cfg.adapter = cfg._reft_adapter
 
+    def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Any) -> list:
+        """The trainer is there, with its data: tell it where prompts end, and, asked to, show it."""
+        if is_reft(cfg.adapter):
+            config = reft_config(cfg)
+            if cfg.rl and config.response_template is None and not config.spec.all_tokens:
+                trainer.data_collator = PromptLengthsCollator(trainer.data_collator)
+            if cfg.debug or (cfg.reft or {}).get("debug"):
+                _show_positions(trainer)
+        return []
+
     def load_adapter(
         self, model: PreTrainedModel, cfg: DictDefault, inference: bool = False, config_only: bool = False
     ) -> tuple[PeftModel | None, PeftConfig] | None:
         if not is_reft(cfg.adapter):
             return None
         config = reft_config(cfg, _get_peft_task_type(model))
+        if isinstance(config.response_template, str):
+            _check_template(config, cfg)
         if config_only:
             return None, config
         options: dict[str, Any] = {}
@@ -98,6 +115,27 @@ def _build_base_as_for_lora() -> None:
     ModelLoader.load = load_by_name  # type: ignore[method-assign]
 
 
+def _show_positions(trainer: Any) -> None:
+    """Log the edited tokens of the first training batch."""
+    batch = next(iter(trainer.get_train_dataloader()))
+    shown = io.StringIO()
+    explain_positions(trainer.model, trainer.processing_class, batch, file=shown)
+    LOG.info("debug: the tokens that ReFT edits in a training batch\n%s", shown.getvalue())
+
+
+def _check_template(config: ReftConfig, cfg: DictDefault) -> None:
+    """An adapter finds its template by the tokenizer that its config names. axolotl may have added tokens to it."""
+    text = config.response_template
+    ids = load_tokenizer(cfg)(text, add_special_tokens=False)["input_ids"]
+    saved = TextTemplate(text, AutoTokenizer.from_pretrained(config.tokenizer_name_or_path or cfg.base_model))
+    tokens = torch.tensor([ids])
+    if not saved.matches(tokens, torch.zeros_like(tokens, dtype=torch.bool)).any():
+        raise ValueError(
+            f"reft: response_template: {text!r} holds tokens that this YAML adds to the tokenizer, so an adapter would not find "
+            f"it with the base model's. Give it as the token ids of your tokenizer: response_template: {ids}."
+        )
+
+
 def _check_saved(saved: PeftConfig, asked: ReftConfig, cfg: DictDefault) -> None:
     """A saved adapter brings its own settings: refuse one of another kind, and say where it differs from the YAML."""
     if not isinstance(saved, ReftConfig) or saved.intervention != asked.intervention:
@@ -115,6 +153,8 @@ def _check_saved(saved: PeftConfig, asked: ReftConfig, cfg: DictDefault) -> None
         "add_bias",
         "target_modules",
         "layers_to_transform",
+        "response_template",
+        "prompt_boundary",
     )
     differing = [
         f"{name} ({getattr(asked, name)!r} in the YAML)"

@@ -1,0 +1,6 @@
+"""`python -m peft_reft` is `peft-reft`."""
+
+from .cli import main
+
+
+main()

@@ -1,0 +1,105 @@
+"""The console command `peft-reft`: subcommands by topic. `python -m peft_reft` is the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import typer
+import yaml
+from peft import PeftConfig
+from transformers import AutoTokenizer
+
+from .config import ReftConfig
+from .explain import explain_positions
+from .rows import TEMPLATES, encode_row, pad_rows, read_rows
+
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+
+@app.callback()
+def peft_reft() -> None:
+    """ReFT (Representation Finetuning) as a PEFT tuner: tools around adapters."""
+
+
+@app.command()
+def positions(
+    adapter_or_config: Annotated[
+        Path,
+        typer.Argument(
+            help="An adapter's folder or hub name, a JSON file of ReftConfig's fields, or an axolotl YAML."
+        ),
+    ],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="The tokenizer's folder or hub name. Left out: that of the base model.")
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help="A prompt to show. May be given several times.")] = None,
+    dataset: Annotated[
+        Path | None, typer.Option(help="A file of examples to show: JSON lines, or a JSON list.")
+    ] = None,
+    template: Annotated[
+        str,
+        typer.Option(
+            help="How rows become text: "
+            + "; ".join(f"'{name}': {what}" for name, what in TEMPLATES.items())
+            + "; or a text of your own, 'Q: {question} A:|> {answer}'."
+        ),
+    ] = "chat",
+    examples: Annotated[int, typer.Option(min=1, help="How many rows of the dataset to show.")] = 3,
+) -> None:
+    """Show which tokens an adapter edits, or would edit, in texts or in the rows of a dataset."""
+    if not text and dataset is None:
+        raise ValueError("There is nothing to show. Give --text 'a prompt', or --dataset file.jsonl.")
+    config, base = _read_config(adapter_or_config)
+    name = tokenizer or config.tokenizer_name_or_path or base
+    if not name:
+        raise ValueError(f"{adapter_or_config} does not name a base model. Give its tokenizer with --tokenizer.")
+    tokens = AutoTokenizer.from_pretrained(name)
+    groups = [[{"input_ids": tokens(one)["input_ids"]} for one in text or ()]]
+    if dataset is not None:
+        groups.append([encode_row(row, template, tokens) for row in read_rows(dataset, examples)])
+    for rows in groups:
+        if rows:
+            explain_positions(config, tokens, pad_rows(rows))
+
+
+def _read_config(path: Path) -> tuple[ReftConfig, str | None]:
+    """A ReftConfig, and the name of its base model, from whatever holds one."""
+    if path.suffix in (".yaml", ".yml"):
+        return _read_yaml(path)
+    if path.suffix == ".json":
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        config: Any = ReftConfig.from_peft_type(**{"peft_type": "REFT", **fields})
+    else:
+        config = PeftConfig.from_pretrained(str(path))
+    if not isinstance(config, ReftConfig):
+        raise ValueError(f"{path} holds an adapter of kind {config.peft_type.value}, not REFT.")
+    return config, config.base_model_name_or_path
+
+
+def _read_yaml(path: Path) -> tuple[ReftConfig, str | None]:
+    """The ReftConfig that the axolotl plugin makes of a YAML."""
+    try:
+        from .integrations.axolotl.args import ReftBlock, is_reft, reft_config
+    except ImportError as error:
+        raise ValueError(
+            f"{path}: reading an axolotl YAML needs axolotl (pip install 'peft-reft[axolotl]'). {error}"
+        ) from error
+    keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not is_reft(keys.get("adapter")):
+        raise ValueError(f"{path} has adapter: {keys.get('adapter')}, which is not a ReFT adapter.")
+    block = keys.get("reft")
+    cfg = SimpleNamespace(**{**keys, "reft": None if block is None else ReftBlock(**block)})
+    return reft_config(cfg, "CAUSAL_LM"), keys.get("tokenizer_config") or keys.get("base_model")
+
+
+def main() -> None:
+    """Run the command. What a user got wrong is one line, not a traceback."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        typer.secho(f"peft-reft: {error}", fg="red", err=True)
+        raise SystemExit(2) from error

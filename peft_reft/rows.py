@@ -1,0 +1,145 @@
+"""Rows of a dataset file as tokens with labels, by a template: for looking at positions before any trainer is set up.
+
+This is a reading of the common formats, close to what trainers make of them. What a trainer really makes is seen from the
+trainer: `explain_positions` takes its batches, and the axolotl plugin logs one under `--debug`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .prompts import IGNORED_LABEL
+
+
+ALPACA = (
+    "Below is an instruction that describes a task{with_input}. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n{input_part}### Response:\n"
+)
+TEMPLATES = {
+    "chat": "`messages` (or `conversations`), by the tokenizer's chat template; the assistant's turns are answers",
+    "alpaca": "`instruction`, `input` and `output`, as Alpaca words them",
+    "completion": "`prompt` and `completion`",
+    "text": "`text`, without an answer",
+}
+
+
+def read_rows(path: Path, limit: int) -> Iterator[dict[str, Any]]:
+    """The first rows of a file: JSON lines, or one JSON list.
+
+    Raises:
+        ValueError: when the file holds neither, naming the line.
+    """
+    with path.open(encoding="utf-8") as file:
+        if file.read(1) == "[":
+            file.seek(0)
+            yield from json.load(file)[:limit]
+            return
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            if limit <= 0:
+                return
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+                limit -= 1
+
+
+def encode_row(row: dict[str, Any], template: str, tokenizer: Any) -> dict[str, list[int]]:
+    """Tokens and labels of a row.
+
+    Args:
+        row (`dict`): The row.
+        template (`str`): A name in `TEMPLATES`, or a prompt of your own with the row's fields in braces, followed by
+            `|>` and the answer: `"Q: {question} A:|> {answer}"`.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): The tokenizer.
+
+    Returns:
+        `dict`: `input_ids` and, but for a text without an answer, `labels` with -100 at the prompt.
+
+    Raises:
+        ValueError: when the row lacks a field that the template names.
+    """
+    try:
+        if template == "chat":
+            return _encode_chat(row["messages"] if "messages" in row else row["conversations"], tokenizer)
+        if template == "text":
+            return {"input_ids": tokenizer(row["text"])["input_ids"]}
+        if template == "alpaca":
+            given = row.get("input") or ""
+            prompt = ALPACA.format(
+                with_input=", paired with an input that provides further context" if given else "",
+                instruction=row["instruction"],
+                input_part=f"### Input:\n{given}\n\n" if given else "",
+            )
+            return _encode_answer(prompt, row["output"], tokenizer)
+        if template == "completion":
+            return _encode_answer(row["prompt"], row["completion"], tokenizer)
+        if "|>" in template:
+            prompt, answer = (part.format(**row) for part in template.split("|>", 1))
+            return _encode_answer(prompt, answer, tokenizer)
+    except KeyError as error:
+        raise ValueError(
+            f"--template {template} reads the field {error}, which the row does not have. It has: {', '.join(row)}."
+        ) from error
+    raise ValueError(
+        f"--template {template} is unknown. Use one of {', '.join(TEMPLATES)}, or a text of your own with fields in braces "
+        "and |> where the answer begins: 'Q: {question} A:|> {answer}'."
+    )
+
+
+def pad_rows(rows: list[dict[str, list[int]]]) -> dict[str, list[list[int]]]:
+    """Rows as one batch, padded on the right."""
+    width = max(len(row["input_ids"]) for row in rows)
+    fillers = {"input_ids": 0, "labels": IGNORED_LABEL} if "labels" in rows[0] else {"input_ids": 0}
+    batch = {key: [row[key] + [filler] * (width - len(row[key])) for row in rows] for key, filler in fillers.items()}
+    batch["attention_mask"] = [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows]
+    return batch
+
+
+def _encode_answer(prompt: str, answer: str, tokenizer: Any) -> dict[str, list[int]]:
+    """Prompt and answer are cut into tokens apart, as trainers do."""
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id:
+        prompt_ids = prompt_ids[:-1]
+    answer_ids = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return {"input_ids": prompt_ids + answer_ids, "labels": [IGNORED_LABEL] * len(prompt_ids) + answer_ids}
+
+
+def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any) -> dict[str, list[int]]:
+    """What the chat template adds with an assistant's message, after its own opening of the turn, is an answer."""
+    messages = [_with_usual_names(message) for message in messages]
+
+    def render(count: int, opened: bool) -> list[int]:
+        text = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=opened)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    input_ids = render(len(messages), False)
+    labels = [IGNORED_LABEL] * len(input_ids)
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            begin, end = _common(render(index, True), input_ids), _common(render(index + 1, False), input_ids)
+            labels[begin:end] = input_ids[begin:end]
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def _with_usual_names(message: dict[str, Any]) -> dict[str, Any]:
+    """ShareGPT's from, value, human and gpt as role, content, user and assistant."""
+    if "role" in message:
+        return message
+    roles = {"human": "user", "gpt": "assistant"}
+    return {"role": roles.get(message["from"], message["from"]), "content": message["value"]}
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """How many tokens two lists begin with alike."""
+    length = 0
+    for a, b in zip(one, other):
+        if a != b:
+            break
+        length += 1
+    return length
