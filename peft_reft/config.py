@@ -152,6 +152,8 @@ class ReftConfig(PeftConfig):
         groups = self.subspaces
         if groups is None:
             return
+        if isinstance(groups, list) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in groups):
+            self.subspaces = groups = dict(groups)  # as it is saved
         named = isinstance(groups, dict) and bool(groups)
         if not named or any(not isinstance(name, str) or not name or "+" in name for name in groups):
             _reject(
@@ -199,6 +201,13 @@ class ReftConfig(PeftConfig):
     def groups(self) -> int:
         """G, the number of sets of weights of a module: 2 for untied first and last tokens, else 1."""
         return self.spec.groups(self.share_weights)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as they are saved. PEFT sorts the keys of what it saves, and the order of subspaces has a meaning."""
+        fields = super().to_dict()
+        if self.subspaces is not None:
+            fields["subspaces"] = [list(pair) for pair in self.subspaces.items()]
+        return fields
 
     @property
     def asked_width(self) -> int | None:

@@ -33,7 +33,7 @@ READ = (
     "prompt_lengths",
     "intervention_mask",
 )
-LEGEND = "F[ ] first token  L[ ] last token  |> an answer begins  <| a prompt begins again"
+LEGEND = "F[ ] first token  L[ ] last token  » an answer begins  « a prompt begins again"
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class ExplainedSequence:
         for place, token in enumerate(self.tokens):
             is_prompt = place in self.prompt or self.source == "intervention_mask"
             if is_prompt != was_prompt:
-                text.append("<|" if is_prompt else "|>", style="bold yellow")
+                text.append("«" if is_prompt else "»", style="bold yellow")
             was_prompt = is_prompt
             shown = token.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t")
             mark = "F" if place in self.first else "L" if place in self.last else None
