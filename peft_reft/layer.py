@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -56,7 +55,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("reft_R", "reft_W", "reft_b")
-    other_param_names = ("reft_config",)
+    other_param_names = ("reft_config", "reft_dropout")
 
     def __init__(
         self, base_layer: nn.Module, context: SelectionSource, name: str, is_block: bool, in_encoder: bool = False
@@ -70,6 +69,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.reft_R = nn.ParameterDict()
         self.reft_W = nn.ParameterDict()
         self.reft_b = nn.ParameterDict()
+        self.reft_dropout = nn.ModuleDict()  # modules, for trainers that look for them to switch them off
         self.reft_config: dict[str, ReftConfig] = {}
         self._act: dict[str, Any] = {}
         self._all_tokens: dict[str, bool] = {}
@@ -116,6 +116,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             self.reft_W[adapter_name] = nn.Parameter(torch.empty(shape, dtype=torch.float32))
         if config.add_bias:
             self.reft_b[adapter_name] = nn.Parameter(torch.empty(shape[:2], dtype=torch.float32))
+        self.reft_dropout[adapter_name] = nn.Dropout(config.dropout if intervention.has_dropout else 0.0)
         R, W, b = self._weights(adapter_name)
         if not R.is_meta:
             initialize(intervention, R, W, b, self._act[adapter_name], config.init_weights)
@@ -243,8 +244,10 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             if kept_GNR is not None:
                 c_GNR = c_GNR * kept_GNR
             delta_GND = c_GNR @ R_GRD
-            if self.training and config.dropout and intervention.has_dropout:
-                delta_GND = F.dropout(wide_GND + delta_GND, config.dropout) - wide_GND
+            dropout = self.reft_dropout[adapter_name]
+            assert isinstance(dropout, nn.Dropout)
+            if dropout.training and dropout.p > 0:
+                delta_GND = dropout(wide_GND + delta_GND) - wide_GND
         return delta_GND.to(h_GND.dtype)
 
 

@@ -83,13 +83,22 @@ def folder(tmp_path_factory, smollm2) -> Path:
     tokenizer.save_pretrained(folder / "base")
     colours = ["red", "blue", "green", "white"]
     rows = [{"instruction": f"Colour number {n}?", "input": "", "output": colours[n % 4]} for n in range(20)]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    talks = [
+        {"messages": [{"role": role, "content": text} for role, text in turns]}
+        for n in range(20)
+        for turns in [
+            [("user", f"Colour {n}?"), ("assistant", colours[n % 4]), ("user", "Sure?"), ("assistant", "Yes")]
+        ]
+    ]
+    pairs = [{"prompt": f"Colour {n}?", "chosen": f" {colours[n % 4]}", "rejected": " none"} for n in range(20)]
+    for name, some in (("data", rows), ("talks", talks), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
     (folder / "probe.py").write_text(PROBE)
     return folder
 
 
 def axolotl(
-    folder: Path, command: str, config: dict, *options: str, name: str = "run", stdin: str = ""
+    folder: Path, command: str, config: dict, *options: str, name: str = "run", stdin: str = "", probe: bool = True
 ) -> SimpleNamespace:
     """Run a command of axolotl in a process of its own, and return what it printed, and the probe's notes."""
     if command != "merge-lora" and name != "trained":
@@ -101,7 +110,7 @@ def axolotl(
         "output_dir": str(folder / name),
         **config,
     }
-    if "plugins" in full:
+    if "plugins" in full and probe:
         full["plugins"] = [*full["plugins"], "probe.Probe"]
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(full))
@@ -238,6 +247,66 @@ def test_quantized_bases_are_quantized_and_prepared_as_for_lora(folder, key, qua
     assert lora.notes["norms"] == run.notes["norms"]
 
 
+SHOWN = re.compile(r"^row (\d+), tokens (\d+) to \d+; the prompt is told by (\w+)\n  (.*)$", re.MULTILINE)
+SHORT = {"max_steps": 6, "val_set_size": 0, "save_strategy": "no", "sequence_len": 128, "dataset_num_proc": 1}
+
+
+def shown(run: SimpleNamespace) -> list[tuple[str, str, str, str]]:
+    """What `--debug` printed of a training batch: row, first token, what told the prompt, and the marked text."""
+    assert run.code == 0, run.output[-6000:]
+    assert run.losses[-1] < 0.7 * run.losses[0]
+    return SHOWN.findall(run.output)
+
+
+@pytest.mark.parametrize("told_by", ["labels", "response_template"])
+def test_sample_packing(folder, told_by):
+    """Several texts in a row, each with its own first and last tokens; by the template, inputs can be trained on too."""
+    packing = {"sample_packing": True, "attn_implementation": "sdpa", "micro_batch_size": 1}
+    config = LORA | TO_REFT | SHORT | packing
+    if told_by == "response_template":
+        config |= {"train_on_inputs": True, "reft": {"response_template": "### Response:\n"}}
+    texts = shown(axolotl(folder, "train", config, "--debug", name=f"packed_{told_by}"))
+    assert len(texts) >= 3 and {row for row, *_ in texts} == {"0"}
+    for _, _, source, text in texts:
+        assert source == told_by
+        if "Below" in text:  # else padding that fills the row up
+            assert text.startswith("F[Below]") and text.count("F[") == 7
+            assert re.search(r"(L\[[^\]]*\]){7}»(red|blue|green|white)", text)
+
+
+def test_every_turn_of_a_conversation(folder):
+    data = [{"path": str(folder / "talks.jsonl"), "type": "chat_template"}]
+    reft = {"prompt_boundary": "every", "positions": "f2+l3"}
+    config = LORA | TO_REFT | SHORT | {"datasets": data, "reft": reft}
+    texts = shown(axolotl(folder, "train", config, "--debug", name="talks"))
+    assert len(texts) == 4
+    for *_, source, text in texts:
+        assert source == "labels" and text.count("F[") == 2 and text.count("L[") == 6
+        assert len(re.findall(r"L\[ass\]L\[istant\]L\[\\n\]»", text)) == 2
+
+
+def test_dpo(folder):
+    data = [{"path": str(folder / "pairs.jsonl"), "split": "train"}]
+    config = LORA | TO_REFT | SHORT | {"rl": "dpo", "datasets": data, "learning_rate": 0.002}
+    run = axolotl(folder, "train", config, "--debug", name="dpo", probe=False)  # no PeftModel yet for the probe to see
+    texts = shown(run)
+    assert len(texts) == 8  # four pairs
+    for *_, source, text in texts:
+        prompt, _, answer = text.partition("»")
+        assert source == "prompt_lengths" and prompt.startswith("F[Colour]") and prompt.endswith("L[?]")
+        assert re.match(r" (red|blue|green|white|none)", answer) and "[" not in answer
+    assert run.losses[0] == pytest.approx(0.6931, abs=1e-3)  # the reference is the base model
+    assert PeftConfig.from_pretrained(run.out).intervention == "loreft"
+
+
+def test_a_template_of_tokens_that_the_yaml_adds(folder):
+    config = LORA | TO_REFT | SHORT | {"tokens": ["<|reply|>"], "reft": {"response_template": "<|reply|>"}}
+    config |= {"lora_modules_to_save": ["embed_tokens", "lm_head"]}
+    run = axolotl(folder, "train", config, name="added_tokens")
+    assert run.code != 0
+    assert re.search(r"holds tokens that this YAML adds.*response_template: \[49152\]", run.output), run.output[-4000:]
+
+
 def test_reft_block_and_other_keys(folder):
     config = LORA | TO_REFT
     config |= {
@@ -264,7 +333,9 @@ def test_reft_block_and_other_keys(folder):
         ({"lora_r": 0}, r"r=0 is not allowed.*lora_r sets r"),
         ({"adapter": "lora", "reft": {"positions": "f1"}}, r"reft: is set, but adapter: lora is not a ReFT adapter"),
         ({"peft_layers_to_transform": [9]}, r"layers_to_transform=\[9\] asks for layers that don't exist: \[9\]"),
-        ({"train_on_inputs": True}, r"no prompt tokens to edit.*train_on_inputs"),
+        ({"train_on_inputs": True}, r"train_on_inputs: true leaves no label masked.*response_template"),
+        ({"rl": "orpo"}, r"rl: orpo gives the model no labels.*response_template"),
+        ({"reft": {"prompt_boundary": "last"}}, r"prompt_boundary"),
     ],
     ids=str,
 )

@@ -273,6 +273,13 @@ def test_dpo_starts_at_its_reference(tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
 
 
+def test_dropout_is_off_in_preference_training(tmp_path):
+    """As TRL does by default for every dropout module that it finds."""
+    trainer = dpo(tmp_path, config(dropout=0.5))
+    layers = [module for module in trainer.model.modules() if isinstance(module, ReftLayer)]
+    assert [layer.reft_dropout["default"].p for layer in layers] == [0, 0, 0]
+
+
 def test_the_collator_does_not_guess():
     with pytest.raises(ValueError, match="neither completion_mask.*nor labels.*response_template"):
         PromptLengthsCollator(lambda features: {"input_ids": torch.ones(2, 3)})([])
