@@ -38,13 +38,8 @@ class Generation:
     def decodes(self, arguments: dict[str, Any]) -> bool:
         """Whether a forward is a decode step, as far as can be told without asking the cache."""
         tokens = arguments.get("input_ids")
-        return (
-            self.prompts is not None
-            and self.fed >= self.prompts.shape[1]
-            and arguments.get("past_key_values") is not None
-            and tokens is not None
-            and tokens.shape[1] == 1
-        )
+        known = self.prompts is not None and self.fed >= self.prompts.shape[1]
+        return known and tokens is not None and tokens.shape[1] == 1
 
     def advance(self) -> None:
         """A forward has found the tokens of all its adapters."""

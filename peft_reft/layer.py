@@ -73,8 +73,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.reft_config: dict[str, ReftConfig] = {}
         self._act: dict[str, Any] = {}
         self._all_tokens: dict[str, bool] = {}
-        # Which state of each basis is known to have orthonormal rows: (identity, version) of the parameter.
-        self._clean: dict[str, tuple[int, int]] = {}
+        # Which state of each basis is known to have orthonormal rows.
+        self._clean: dict[str, tuple[int, int, torch.dtype]] = {}
         self.register_state_dict_pre_hook(_retract_before_saving)
         self.register_load_state_dict_post_hook(_trust_after_loading)
 
@@ -270,9 +270,9 @@ def _full_precision(device_type: str) -> AbstractContextManager:
     return nullcontext()
 
 
-def _state(basis: nn.Parameter) -> tuple[int, int]:
-    """Changes whenever the parameter is replaced or written to."""
-    return id(basis), 0 if basis.is_inference() else basis._version
+def _state(basis: nn.Parameter) -> tuple[int, int, torch.dtype]:
+    """Changes whenever the parameter is replaced, written to or, by way of its `data`, cast."""
+    return id(basis), 0 if basis.is_inference() else basis._version, basis.dtype
 
 
 def retract_stale(layers: Iterable[ReftLayer]) -> None:

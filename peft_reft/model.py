@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,14 @@ from .config import ReftConfig
 from .context import ForwardContext, model_rules
 from .layer import MERGE_REFUSAL, ReftLayer
 from .targets import Target, encoder_of, find_targets, not_a_target
+
+
+# TRL's preference trainers, given a PeftModel, add an adapter "ref" and copy weights to it by names with ".default." in them.
+TRL_REFERENCE = (
+    "An adapter named 'ref' was added beside 'default', with weights of its own. If a trainer of TRL made it, to be the reference of "
+    "a trained adapter, it does not find ReFT's weights to copy. Copy them: set_peft_model_state_dict(model, "
+    "get_peft_model_state_dict(model), adapter_name='ref')."
+)
 
 
 class ReftModel(BaseTuner):
@@ -51,6 +60,8 @@ class ReftModel(BaseTuner):
     # -- injection ---------------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if adapter_name == "ref" and "default" in self.peft_config:
+            warnings.warn(TRL_REFERENCE)
         self._context = ForwardContext.of(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._context.add_adapter(model, adapter_name, self._rules)

@@ -112,6 +112,7 @@ SEQ2SEQ = {
             max_position_embeddings=128,
             decoder_start_token_id=EOS,
             forced_eos_token_id=None,
+            dropout=0.0,
             pad_token_id=PAD,
             bos_token_id=BOS,
             eos_token_id=EOS,

@@ -74,6 +74,21 @@ def test_edits_inside_the_recomputed_part(target_modules, use_reentrant):
         torch.testing.assert_close(recomputed[key], plain[key], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("target_modules", [["fc2"], r".*encoder.*fc2", r".*decoder.*fc2"])
+def test_edits_inside_the_recomputed_parts_of_an_encoder_decoder(target_modules, use_reentrant):
+    """An encoder's tokens are not the decoder's, and a forward of the encoder is over before backward begins."""
+    batches = []
+    for lengths, seed in (((9, 6), 1), ((12, 7), 2)):
+        batches.append({**prompts(*lengths, seed=seed), "labels": prompts(5, 5, seed=seed + 5)["input_ids"]})
+    settings = {"target_modules": target_modules, "positions": "f1", "task_type": "SEQ_2_SEQ_LM"}
+    plain = gradients("bart", None, batches, **settings)
+    recomputed = gradients("bart", {"use_reentrant": use_reentrant}, batches, **settings)
+    assert plain.keys() == recomputed.keys() and len(plain) >= 6
+    for key in plain:
+        torch.testing.assert_close(recomputed[key], plain[key], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("around", ["block", "edit"])
 @pytest.mark.parametrize("target_modules", [None, ["mlp"]])
 @pytest.mark.parametrize("reentrant", [True, False])

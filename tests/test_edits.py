@@ -223,3 +223,21 @@ def test_dims_of_every_decoder_are_known_by_structure():
     for name in DECODERS:
         model = get_peft_model(build(name), ReftConfig(r=4))
         assert model.peft_config["default"].width == 32
+
+
+def test_a_basis_that_is_cast_by_way_of_its_data():
+    """As TRL does over a quantized base, past the version counter."""
+    model = get_peft_model(build("llama"), ReftConfig(r=4, task_type="CAUSAL_LM")).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    with torch.no_grad():
+        model(**prompts(9, 4))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    with torch.no_grad():
+        model(**prompts(9, 4))
+    for block in model.base_model.model.model.layers:
+        R = weight(block, "R")
+        torch.testing.assert_close(R @ R.mT, torch.eye(4).expand(2, 4, 4), rtol=0, atol=1e-5)

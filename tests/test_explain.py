@@ -100,6 +100,19 @@ def test_what_a_model_edits_is_what_is_shown(positions):
         assert one.source == ("all tokens" if positions == "all" else "labels")
 
 
+def test_a_models_own_rules():
+    """Labels of a model that can't generate are classes, and the end of an answer is the model's end token."""
+    batch = {**prompts(9, 4), "labels": torch.full((2, 9), -100).index_fill_(1, torch.tensor([5]), 1)}
+    classes = get_peft_model(build(("bert", "TOKEN_CLS")), ReftConfig(r=2, positions="l1"))
+    assert [one.source for one in explain_positions(classes, tokenizer(), batch, quiet=True)] == ["all tokens"] * 2
+    base = build("llama")
+    base.generation_config.eos_token_id = [2, 60]
+    config = ReftConfig(r=2, positions="l4", response_template=[5, 6], prompt_boundary="every")
+    talk = {"input_ids": [[9, 5, 6, 8, 60, 5, 6, 7]]}
+    (one,) = explain_positions(get_peft_model(base, config), tokenizer(), talk, quiet=True)
+    assert one.last == [0, 1, 2, 5, 6]
+
+
 def test_packed_rows_and_what_was_told():
     ids = prompts(9)["input_ids"]
     packed = {"input_ids": ids, "position_ids": [[0, 1, 2, 3, 0, 1, 2, 3, 4]], "prompt_lengths": [2, 3]}

@@ -253,8 +253,9 @@ def test_prompt_lengths_in_generate():
     assert not torch.equal(told, generate(model, {"input_ids": ids}))
 
 
-def test_decode_steps_outside_generate():
-    model = adapted()
+@pytest.mark.parametrize("positions", ["f2+l3", "l1"])
+def test_decode_steps_outside_generate(positions):
+    model = adapted(positions=positions)
     ids = prompts(9)["input_ids"]
     answer = generate(model, {"input_ids": ids})
     with torch.no_grad():

@@ -90,6 +90,12 @@ def test_ids_that_the_tokenizer_does_not_have_end_a_search():
         after = torch.cat([torch.tensor([[stranger]]), ids], dim=1)
         assert matches(template("xyz!w", "byte level"), after) == [end + 1]
 
+    # nor does a stranger pass for the token with the id 0
+    padded, _ = ends_of("x<pad>y", "x<pad>y", "byte level")
+    found = template("x<pad>y", "byte level")
+    assert matches(found, padded) == [2]
+    assert matches(found, padded.masked_fill(padded == 0, -1)) == []
+
 
 def test_tokenizers_that_can_not_be_read():
     import tokenizers

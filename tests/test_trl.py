@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import CHAT_VOCAB, GROUPED, chat_model, tokenizer
 from packaging.version import Version
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from peft_reft import PromptLengthsCollator, ReftConfig, ReftLayer
@@ -273,6 +274,22 @@ def test_dpo_starts_at_its_reference(tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
 
 
+def test_the_reference_of_a_trained_adapter(tmp_path):
+    """TRL makes an adapter for it, and does not find what to copy: a warning says so, and how to."""
+    model = get_peft_model(chat_model(), config())
+    with pytest.warns(UserWarning, match="named 'ref'.*Copy them: set_peft_model_state_dict"):
+        trainer = trl.DPOTrainer(
+            model=model,
+            args=arguments(trl.DPOConfig, tmp_path, max_steps=1, logging_steps=1),
+            train_dataset=pairs_of_answers(),
+            processing_class=tokenizer(),
+        )
+    set_peft_model_state_dict(model, get_peft_model_state_dict(model), adapter_name="ref")
+    trainer.data_collator = PromptLengthsCollator(trainer.data_collator)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+
+
 def test_dropout_is_off_in_preference_training(tmp_path):
     """As TRL does by default for every dropout module that it finds."""
     trainer = dpo(tmp_path, config(dropout=0.5))
@@ -283,6 +300,17 @@ def test_dropout_is_off_in_preference_training(tmp_path):
 def test_the_collator_does_not_guess():
     with pytest.raises(ValueError, match="neither completion_mask.*nor labels.*response_template"):
         PromptLengthsCollator(lambda features: {"input_ids": torch.ones(2, 3)})([])
+
+
+@pytest.mark.parametrize("key", ["labels", "completion_mask"])
+def test_the_collator_does_not_count_padding(key):
+    attention_mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1]])
+    answers = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]])
+    value = answers if key == "completion_mask" else answers * 107 - 100
+    batch = PromptLengthsCollator(lambda features: {key: value, "attention_mask": attention_mask})([])
+    assert batch["prompt_lengths"].tolist() == [2, 1, 3]  # a row without an answer is all prompt
+    told = {"prompt_lengths": torch.tensor([5, 5, 5])}
+    assert PromptLengthsCollator(lambda features: dict(told))([]) == told
 
 
 def test_the_collator_on_packed_rows_and_its_own_attributes():
