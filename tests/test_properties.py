@@ -140,6 +140,7 @@ class Layout:
 
 def oracle_edits(model: torch.nn.Module, config: ReftConfig) -> tuple[list[oracle.Edit], dict[str, torch.Tensor]]:
     """The oracle's own copy of an adapter's weights."""
+    model.state_dict()  # makes the bases, cast from single precision, orthonormal in double
     edits, copies = [], {}
     act = ACT2FN[config.act_fn] if config.act_fn else lambda x: x
     for index, block in enumerate(blocks(model)):
