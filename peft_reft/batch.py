@@ -7,6 +7,7 @@ the call of a model, and `explain_positions` and the collator to a batch by itse
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -41,6 +42,13 @@ WAYS_OUT = (
 )
 
 
+def end_ids(eos: Any) -> tuple[int, ...]:
+    """An `eos_token_id` of a config, one or several, as a tuple."""
+    if eos is None:
+        return ()
+    return (eos,) if isinstance(eos, int) else tuple(int(index) for index in eos)
+
+
 @dataclass(frozen=True)
 class Rules:
     """How one adapter finds its tokens. Adapters with equal rules share a Selection.
@@ -62,13 +70,13 @@ class Rules:
     reads_labels: bool = True
 
     @classmethod
-    def of(cls, config: ReftConfig, tokenizer: Any, end_ids: tuple[int, ...], can_generate: bool) -> Rules:
+    def of(cls, config: ReftConfig, tokenizer: Callable[[], Any], eos: Any, can_generate: bool) -> Rules:
         """Those of an adapter.
 
         Args:
             config (`ReftConfig`): Its configuration.
             tokenizer (`Callable[[], PreTrainedTokenizerBase]`): Gives the tokenizer, where a text template needs it.
-            end_ids (`tuple[int, ...]`): The tokens at which the model's `generate` stops.
+            eos (`int` or `list[int]`, *optional*): The tokens at which the model's `generate` stops.
             can_generate (`bool`): Whether the model can, which decides where the config has no task type.
         """
         template: IdTemplate | TextTemplate | None = None
@@ -81,7 +89,7 @@ class Rules:
             groups=config.groups,
             every=config.prompt_boundary == "every",
             template=template,
-            end_ids=end_ids,
+            end_ids=end_ids(eos),
             reads_labels=can_generate if config.task_type is None else config.task_type in ANSWERING,
         )
 

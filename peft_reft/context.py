@@ -20,15 +20,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
+from .arguments import (
+    cache_length,
+    forward_batch,
+    given_prompts,
+    main_input,
+    refuse_several,
+    refuse_unknown_prompts,
+)
 from .batch import Batch, Rules, locate
 from .checkpointing import bind_checkpoints, unbind_checkpoints
 from .config import ReftConfig
-from .generation import Generation, end_ids, given_prompts
+from .generation import Generation
 from .layer import ReftLayer, retract_stale
 from .positions import Selection, places, round_up, select
-from .prompts import IGNORED_LABEL
 from .subspaces import kept_directions
 from .targets import encoder_of
 
@@ -48,13 +54,14 @@ class _CallState(threading.local):
     told: dict[str, Any] | None = None
     # By adapter, and whether in the encoder of an encoder-decoder model.
     selections: dict[tuple[str, bool], Selection | None] | None = None
+    encoder_alone: bool = False
 
 
 class ForwardContext:
     """Builds the Selection of every forward of one model, for all its ReftLayers.
 
     Args:
-        model (`torch.nn.Module`): The base model, whose calls are watched from `attach` to `detach`.
+        model (`torch.nn.Module`): The base model, whose calls are watched from the first adapter to `detach`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -164,7 +171,8 @@ class ForwardContext:
 
     @torch.compiler.disable
     def _before_encoder(self, encoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._state.selections is None:  # generate calls the encoder by itself
+        self._state.encoder_alone = self._state.selections is None  # as generate calls it
+        if self._state.selections is None:
             self._state.selections = {}
             generation = self._state.generation
             self._state.told = generation.told if generation is not None else {}
@@ -173,11 +181,9 @@ class ForwardContext:
 
     @torch.compiler.disable
     def _after_encoder(self, encoder: nn.Module, args: tuple, output: Any) -> None:
-        selections = self._state.selections or {}
-        for key in [key for key in selections if key[1]]:
-            del selections[key]
-        if not selections:
+        if self._state.encoder_alone:
             self._state.selections = None
+            self._state.told = None
 
     def _select_all(self, arguments: dict[str, Any], training: bool, in_encoder: bool) -> None:
         """Note the Selection of every adapter in use that needs one."""
@@ -216,7 +222,7 @@ class ForwardContext:
             return None
         if self.encoder_parameters and not in_encoder and True in self._sides[name]:
             told = {}  # what is told of an encoder-decoder model's prompts is about its encoder's tokens, if it edits any
-        batch = _batch(rules, arguments, told, "decoder_" if self.encoder_parameters and not in_encoder else "")
+        batch = forward_batch(rules, arguments, told, "decoder_" if self.encoder_parameters and not in_encoder else "")
         training = training and generation is None
         selection: Selection | None
         if rules.spec.all_tokens:
@@ -225,11 +231,11 @@ class ForwardContext:
         elif in_encoder:
             selection = self._select_in_batch(rules, batch, training)
         else:
-            past = _cache_length(rules, arguments, generation)
+            past = cache_length(rules, arguments, generation)
             if generation is not None:
                 selection = generation.select(rules, batch, past)
             elif past > 0 and batch.told is None:
-                _refuse_several(batch, past)
+                refuse_several(batch, past)
                 selection = None  # a decode step
             else:
                 selection = self._select_in_batch(rules, batch, training, past)
@@ -244,7 +250,12 @@ class ForwardContext:
             whole = (batch.shape[0], past + batch.shape[1])
             located = locate(
                 rules,
-                Batch(whole, batch.device, None, batch.attention_mask, prompt_lengths=batch.prompt_lengths),
+                Batch(
+                    whole,
+                    batch.device,
+                    attention_mask=batch.attention_mask,
+                    prompt_lengths=batch.prompt_lengths,
+                ),
                 training,
             )
         else:
@@ -262,7 +273,7 @@ class ForwardContext:
 
     def _remember(self) -> Callable[[], AbstractContextManager]:
         """For a recompute in backward: a context in which this forward's selections hold."""
-        selections = dict(self._state.selections or {})
+        selections = self._state.selections
 
         @contextmanager
         def as_in_this_forward() -> Iterator[None]:
@@ -286,12 +297,11 @@ class ForwardContext:
         if not in_use:
             yield kwargs
             return
-        _refuse_unknown_prompts(model, kwargs)
-        prompts = given_prompts(model, args, kwargs, told)
+        refuse_unknown_prompts(model, kwargs)
+        # What an encoder-decoder model is given goes to its encoder, and is no prompt of its decoder.
+        prompts = None if self.encoder_parameters else given_prompts(model, args, kwargs, told)
         before = self._state.generation
-        # A decoder's prompt is not what generate is given: that goes to the encoder.
-        known = None if self.encoder_parameters else prompts
-        self._state.generation = Generation(told, prompts.shape[0], known)
+        self._state.generation = Generation(told, main_input(model, args, kwargs).shape[0], prompts)
         try:
             yield kwargs
         finally:
@@ -326,86 +336,6 @@ class _Generate:
             return type(self.model).generate(self.model, *args, **passed)
 
 
-def model_rules(model: Any, config: ReftConfig) -> Rules:
-    """How an adapter finds its tokens in the calls of a model.
-
-    Raises:
-        ValueError: when the tokenizer is needed, for a response template of text, and can't be loaded.
-    """
-    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if eos is None:
-        eos = getattr(getattr(model, "config", None), "eos_token_id", None)
-
-    def tokenizer() -> Any:
-        name = config.tokenizer_name_or_path or getattr(model, "name_or_path", None)
-        try:
-            return AutoTokenizer.from_pretrained(name)
-        except Exception as error:
-            raise ValueError(
-                f"response_template={config.response_template!r} is text, which needs a tokenizer, and none could be loaded "
-                f"from {name!r}: {error} Set tokenizer_name_or_path in ReftConfig, or give the template's token ids."
-            ) from error
-
-    # Where the task is not given: labels of a transformers model that can't generate are no answers.
-    can_generate = bool(getattr(model, "can_generate", lambda: True)())
-    return Rules.of(config, tokenizer, end_ids(eos), can_generate)
-
-
-def _batch(rules: Rules, arguments: dict[str, Any], told: dict[str, Any], prefix: str) -> Batch:
-    """The tokens in the arguments of a forward: those of a decoder, with its prefix, or of any other model."""
-    if arguments.get("cache") is not None and arguments.get("cu_seq_lens_q") is not None:
-        raise ValueError(
-            f"{rules}: continuous batching (generate_batch) mixes prompts and decode steps in one row, and does not say which "
-            "token is which. Use generate, or set positions='all'."
-        )
-    labels = arguments.get("labels") if rules.reads_labels else None
-    if labels is not None and prefix:
-        # A decoder's input at a place predicts the label of that place: its prompt goes up to the first answer's input.
-        labels = nn.functional.pad(labels, (1, -1), value=IGNORED_LABEL)
-    input_ids, embeds = arguments.get(f"{prefix}input_ids"), arguments.get(f"{prefix}inputs_embeds")
-    tokens = next((t for t in (input_ids, embeds, labels) if t is not None and t.dim() >= 2), None)
-    if tokens is None:
-        raise ValueError(
-            f"{rules} counts tokens, but the model was called without {prefix}input_ids [batch, tokens] or "
-            f"{prefix}inputs_embeds. Pass one of them, or set positions='all', which works on any model."
-        )
-    return Batch(
-        (tokens.shape[0], tokens.shape[1]),
-        tokens.device,
-        input_ids=input_ids,
-        attention_mask=arguments.get(f"{prefix}attention_mask"),
-        position_ids=arguments.get("position_ids"),
-        cu_seq_lens=arguments.get("cu_seq_lens_q"),
-        labels=labels,
-        prompt_lengths=told.get("prompt_lengths"),
-        intervention_mask=told.get("intervention_mask"),
-    )
-
-
-def _cache_length(rules: Rules, arguments: dict[str, Any], generation: Generation | None) -> int:
-    """How many tokens the cache holds already."""
-    cache = arguments.get("past_key_values")
-    if arguments.get("cache_params") is None:
-        if cache is None:
-            return 0
-        return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else cache[0][0].shape[-2]
-    if generation is None:
-        raise ValueError(
-            f"{rules}: this model keeps a recurrent state (cache_params), which does not say how far the prompt has been read. "
-            "Use generate, which says it, or set positions='all'."
-        )
-    return generation.fed
-
-
-def _refuse_several(batch: Batch, past: int) -> None:
-    """Outside `generate`, one token after a filled cache is a decode step. Several may be a part of a prompt."""
-    if batch.shape[1] > 1:
-        raise ValueError(
-            f"A forward of {batch.shape[1]} tokens continues a cache of {past}, outside `generate`. Whether they belong to "
-            f"the prompt can't be known. Pass prompt_lengths [{batch.shape[0]}], the length of each whole prompt."
-        )
-
-
 def _kept(
     groups: dict[str, int], given: Any, batch: Batch, generation: Generation | None, training: bool
 ) -> Tensor | None:
@@ -422,18 +352,3 @@ def _kept(
         return batch.sequences.spread(kept_QR).flatten(0, 1)
     kept_QR = kept_directions(given, groups, generation.rows, batch.device)
     return kept_QR.repeat_interleave(batch.shape[0] // generation.rows * batch.shape[1], dim=0)
-
-
-def _refuse_unknown_prompts(model: Any, kwargs: dict[str, Any]) -> None:
-    """Ways to generate that feed the model tokens whose place in the prompt can't be told."""
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    if kwargs.get("guidance_scale", getattr(config, "guidance_scale", None)) not in (None, 1, 1.0):
-        raise ValueError(
-            "guidance_scale runs the model on a second prompt within generate, and ReFT can't tell it from the first. Leave "
-            "guidance_scale out, or set positions='all'."
-        )
-    if kwargs.get("cache_params") is not None:
-        raise ValueError(
-            "cache_params is a recurrent state of an earlier turn, which does not say how many tokens it has read. Give generate "
-            "the whole conversation without it, or set positions='all'."
-        )

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from .batch import Batch, Rules, locate
 from .config import ReftConfig
 from .context import ForwardContext
-from .generation import end_ids
 from .prompts import IGNORED_LABEL
 
 
@@ -152,7 +151,7 @@ def explain_positions(
 def _config_and_rules(model_or_config: Any, tokenizer: Any) -> tuple[ReftConfig, Rules]:
     if isinstance(model_or_config, ReftConfig):
         config = model_or_config
-        rules = Rules.of(config, lambda: tokenizer, end_ids(tokenizer.eos_token_id), can_generate=True)
+        rules = Rules.of(config, lambda: tokenizer, tokenizer.eos_token_id, can_generate=True)
         encodes = config.task_type == "SEQ_2_SEQ_LM"
     else:
         context = ForwardContext.of(model_or_config)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .batch import Batch, Located, Rules, locate
@@ -82,47 +81,3 @@ def _columns(mask_BS: Tensor, past: int, width: int, repeats: int) -> Tensor:
     """So many columns after `past`. Those after the prompt hold what has been generated."""
     here = mask_BS[:, past : past + width].repeat_interleave(repeats, dim=0)
     return nn.functional.pad(here, (0, width - here.shape[1]))
-
-
-def given_prompts(model: Any, args: tuple, kwargs: dict[str, Any], told: dict[str, Any]) -> Batch:
-    """The prompts that a `generate` with these arguments is given.
-
-    Fills in an attention mask where there is none, as `generate` itself would, so that both go by the same one.
-
-    Raises:
-        ValueError: when it is given no prompt.
-    """
-    input_ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-    embeds = kwargs.get("inputs_embeds")
-    tokens = embeds if embeds is not None else input_ids
-    if tokens is None:
-        raise ValueError("generate was given no prompt, but ReFT edits tokens of the prompt. Pass input_ids.")
-    if kwargs.get("attention_mask") is None and embeds is None:
-        kwargs["attention_mask"] = _infer_mask(model, tokens, kwargs)
-    shape = (tokens.shape[0], tokens.shape[1])
-    if embeds is not None and input_ids is not None and input_ids.shape != shape:
-        input_ids = None
-    return Batch(
-        shape,
-        tokens.device,
-        input_ids=input_ids,
-        attention_mask=kwargs.get("attention_mask"),
-        prompt_lengths=told.get("prompt_lengths"),
-        intervention_mask=told.get("intervention_mask"),
-    )
-
-
-def _infer_mask(model: Any, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """The attention mask of prompts that come without one: padding is the pad token, unless it also ends texts."""
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    pad, eos = (kwargs.get(key, getattr(config, key, None)) for key in ("pad_token_id", "eos_token_id"))
-    if pad is None or pad in end_ids(eos):
-        return torch.ones_like(input_ids)
-    return (input_ids != pad).long()
-
-
-def end_ids(eos: Any) -> tuple[int, ...]:
-    """An `eos_token_id` of a config, one or several, as a tuple."""
-    if eos is None:
-        return ()
-    return (eos,) if isinstance(eos, int) else tuple(int(index) for index in eos)

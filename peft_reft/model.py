@@ -10,9 +10,11 @@ from typing import Any
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import nn
+from transformers import AutoTokenizer
 
+from .batch import Rules
 from .config import ReftConfig
-from .context import ForwardContext, model_rules
+from .context import ForwardContext
 from .layer import MERGE_REFUSAL, ReftLayer
 from .targets import Target, encoder_of, find_targets, not_a_target
 
@@ -74,7 +76,7 @@ class ReftModel(BaseTuner):
         _maybe_include_all_linear_layers(peft_config, model)
         self._targets: dict[str, Target] = find_targets(model, peft_config)
         peft_config.note_width({target.width for target in self._targets.values()})
-        self._rules = model_rules(model, peft_config)
+        self._rules = _rules(model, peft_config)
         encoder = encoder_of(model)
         self._encoder_modules = set() if encoder is None else set(encoder.modules())
 
@@ -140,3 +142,28 @@ class ReftModel(BaseTuner):
         model = super().unload()
         self._context.detach(model)
         return model
+
+
+def _rules(model: Any, config: ReftConfig) -> Rules:
+    """How an adapter finds its tokens in the calls of a model.
+
+    Raises:
+        ValueError: when the tokenizer is needed, for a response template of text, and can't be loaded.
+    """
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if eos is None:
+        eos = getattr(getattr(model, "config", None), "eos_token_id", None)
+
+    def tokenizer() -> Any:
+        name = config.tokenizer_name_or_path or getattr(model, "name_or_path", None)
+        try:
+            return AutoTokenizer.from_pretrained(name)
+        except Exception as error:
+            raise ValueError(
+                f"response_template={config.response_template!r} is text, which needs a tokenizer, and none could be loaded "
+                f"from {name!r}: {error} Set tokenizer_name_or_path in ReftConfig, or give the template's token ids."
+            ) from error
+
+    # Where the task is not given: labels of a transformers model that can't generate are no answers.
+    can_generate = bool(getattr(model, "can_generate", lambda: True)())
+    return Rules.of(config, tokenizer, eos, can_generate)

@@ -119,6 +119,27 @@ SEQ2SEQ = {
         )
     ),
 }
+SPEECH = {
+    "whisper": lambda: t.WhisperForConditionalGeneration(
+        t.WhisperConfig(
+            vocab_size=VOCAB,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            num_mel_bins=8,
+            max_source_positions=20,
+            max_target_positions=32,
+            decoder_start_token_id=3,
+            pad_token_id=PAD,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+        )
+    )
+}
 IMAGE = VOCAB - 1  # the token that stands for a part of an image
 VISION = {
     "llava": lambda: t.LlavaForConditionalGeneration(
@@ -159,7 +180,7 @@ def blocks(model: torch.nn.Module) -> torch.nn.ModuleList:
 def build(name: str | tuple[str, str]) -> t.PreTrainedModel:
     """The tiny model of that name, the same at every call, in evaluation mode."""
     torch.manual_seed(0)
-    model = {**DECODERS, **ENCODERS, **CACHES, **SEQ2SEQ, **VISION, **TASKS}[name]()
+    model = {**DECODERS, **ENCODERS, **CACHES, **SEQ2SEQ, **SPEECH, **VISION, **TASKS}[name]()
     # Larger weights than transformers' start, so that what one token changes is seen at others.
     with torch.no_grad():
         for parameter in model.parameters():

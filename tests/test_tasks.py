@@ -136,6 +136,20 @@ def test_a_decoder_that_can_not_know_its_prompt():
         model(**batch)
 
 
+def test_a_decoder_of_speech():
+    """Its encoder is given no tokens; its decoder is, and `generate` is given none of either."""
+    model = adapted("whisper", positions="f1", target_modules=DECODER)
+    sound = {"input_features": torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(0))}
+    options = {"max_new_tokens": 5, "do_sample": False}
+    answer = model.generate(**sound, **options)
+    with model.disable_adapter():
+        assert not torch.equal(model.generate(**sound, **options), answer)
+    with torch.no_grad():
+        assert torch.equal(model(**sound, labels=answer).logits.argmax(dim=-1), answer)
+    with pytest.raises(ValueError, match="called without input_ids.*positions='all'"):
+        adapted("whisper", positions="f1")(**sound, labels=answer)
+
+
 # -- images ------------------------------------------------------------------------------------------------------------
 
 
