@@ -254,10 +254,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 def _may_be_written(h: Tensor) -> bool:
     """Whether autograd lets a tensor be changed in place: leaves that need a gradient, and views that a custom function
     returns (reentrant checkpointing, module backward hooks), it does not."""
-    if (
-        torch.compiler.is_compiling()
-    ):  # a compiled graph has its own way with writes, and no views out of custom functions
-        return True
+    if torch.compiler.is_compiling():
+        return True  # a compiled graph has its own way with writes, and no views out of custom functions
     if h.is_leaf:
         return not h.requires_grad
     return not (h._is_view() and isinstance(h.grad_fn, torch.autograd.function.BackwardCFunction))

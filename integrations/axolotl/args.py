@@ -46,7 +46,6 @@ class ReftBlock(BaseModel):
     prompt_boundary: Literal["first", "every"] | None = Field(
         default=None, description="Which turns of a conversation have a prompt: 'first' (default) or 'every'."
     )
-
     debug: bool | None = Field(default=None, description="Log the edited tokens of a training batch, as --debug does.")
 
     @field_validator("*")
