@@ -127,6 +127,31 @@ def test_what_is_told_of_prompts_is_about_the_encoder_where_it_is_edited():
     assert edited(model, {**batch, "intervention_mask": mask}, states="encoder_hidden_states") == [[4], [1]]
 
 
+def test_a_decoder_has_a_prompt_of_its_own():
+    """What is told of prompts is not about its tokens, where the encoder is edited too."""
+    model = adapted("t5", positions="l1", target_modules=BOTH)
+    batch = {**prompts(9, 4), "labels": prompts(5, 5, seed=3)["input_ids"], "prompt_lengths": torch.tensor([3, 2])}
+    layer = next(m for m in model.modules() if isinstance(m, ReftLayer) and not m.in_encoder)
+    seen = []
+    layer.get_base_layer().register_forward_hook(lambda module, args, output: seen.append(output[0].clone()))
+    with torch.no_grad():
+        layer.register_forward_hook(lambda module, args, output: seen.append(output[0].clone()))
+        model(**batch)
+    assert (seen[1] - seen[0]).abs().amax(dim=-1).nonzero().tolist() == [[0, 0], [1, 0]]
+
+
+def test_nothing_of_a_generation_is_left_for_the_next():
+    model, batch = adapted("t5", positions="l1"), prompts(9, 4)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    before = model.generate(**batch, **options)
+    told = model.generate(**batch, prompt_lengths=torch.tensor([3, 2]), **options)
+    assert not torch.equal(told, before)
+    assert torch.equal(model.generate(**batch, **options), before)
+    with torch.no_grad():
+        model.get_base_model().get_encoder()(**batch)  # by itself
+    assert torch.equal(model.generate(**batch, prompt_lengths=torch.tensor([3, 2]), **options), told)
+
+
 def test_a_decoder_that_can_not_know_its_prompt():
     model = adapted("t5", positions="f1", target_modules=DECODER).train()
     batch = prompts(9, 4)
