@@ -13,10 +13,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from peft import TaskType
 from torch import Tensor
 
-from .config import ReftConfig
+from .config import ANSWERING, ReftConfig
 from .positions import PositionSpec, first_and_last, masks_from_intervention_mask
 from .prompts import (
     IGNORED_LABEL,
@@ -33,8 +32,6 @@ from .prompts import (
 from .templates import IdTemplate, TextTemplate
 
 
-# The tasks whose labels are answers, and not classes.
-ANSWERING = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 WAYS_OUT = (
     "Say it in one of these ways: labels with -100 at the prompt; prompt_lengths [batch], which "
     "peft_reft.PromptLengthsCollator(data_collator) adds from labels or a completion mask; response_template in "

@@ -6,12 +6,16 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional, Union
 
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 from transformers.activations import ACT2FN
 
 from .interventions import INTERVENTIONS
 from .positions import PositionSpec
 from .registration import NAME, add_peft_type
+
+
+# The tasks whose labels are answers, and not classes.
+ANSWERING = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 
 
 @dataclass
@@ -145,8 +149,20 @@ class ReftConfig(PeftConfig):
                 "None, the text that answers begin after, or its token ids",
                 "response_template='<|im_start|>assistant\\n'",
             )
+        if template is not None and self.task_type is not None and self.task_type not in ANSWERING:
+            _reject(
+                "response_template",
+                template,
+                f"None: with task_type={self.task_type!r} there are no answers, and all real tokens are the prompt",
+                "response_template=None",
+            )
         if self.prompt_boundary not in ("first", "every"):
             _reject("prompt_boundary", self.prompt_boundary, "'first' or 'every'", "prompt_boundary='every'")
+        if self.prompt_boundary == "every" and template is None and not self.spec.all_tokens:
+            warnings.warn(
+                "prompt_boundary='every' without response_template: labels tell the turns in training, but nothing tells them in "
+                "generate, which takes a whole conversation for one prompt. Set response_template for both to agree."
+            )
 
     def _check_subspaces(self) -> None:
         groups = self.subspaces

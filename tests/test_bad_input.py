@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -40,6 +41,10 @@ from peft_reft import ReftConfig, ReftLayer
         ({"response_template": []}, r"response_template=\[\]"),
         ({"response_template": [5, -1]}, r"response_template=\[5, -1\]"),
         ({"response_template": ["a"]}, r"response_template=\['a'\].*assistant"),
+        (
+            {"response_template": "A:", "task_type": "SEQ_CLS"},
+            r"response_template='A:'.*task_type='SEQ_CLS'.*no answers",
+        ),
         ({"prompt_boundary": "last"}, r"prompt_boundary='last'.*'first' or 'every'"),
         ({"subspaces": {}}, r"subspaces=\{\}"),
         ({"subspaces": ["style"]}, r"subspaces=\['style'\]"),
@@ -52,6 +57,17 @@ from peft_reft import ReftConfig, ReftLayer
 def test_wrong_values_fail_at_construction(settings, message):
     with pytest.raises(ValueError, match=message):
         ReftConfig(**settings)
+
+
+def test_turns_that_generate_can_not_see():
+    with pytest.warns(
+        UserWarning, match="'every' without response_template.*takes a whole conversation for one prompt"
+    ):
+        ReftConfig(prompt_boundary="every")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ReftConfig(prompt_boundary="every", response_template="A:")
+        ReftConfig(prompt_boundary="every", positions="all")
 
 
 @pytest.mark.parametrize(
