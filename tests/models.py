@@ -180,8 +180,11 @@ def blocks(model: torch.nn.Module) -> torch.nn.ModuleList:
 def build(name: str | tuple[str, str]) -> t.PreTrainedModel:
     """The tiny model of that name, the same at every call, in evaluation mode."""
     torch.manual_seed(0)
-    model = {**DECODERS, **ENCODERS, **CACHES, **SEQ2SEQ, **SPEECH, **VISION, **TASKS}[name]()
-    # Larger weights than transformers' start, so that what one token changes is seen at others.
+    return _enlarged({**DECODERS, **ENCODERS, **CACHES, **SEQ2SEQ, **SPEECH, **VISION, **TASKS}[name]())
+
+
+def _enlarged(model: t.PreTrainedModel) -> t.PreTrainedModel:
+    """Give it larger weights than transformers' start, so that what one token changes is seen at others."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -236,15 +239,11 @@ def tokenizer(kind: str = "byte level") -> t.PreTrainedTokenizerFast:
     )
 
 
-def chat_model() -> t.LlamaForCausalLM:
+def chat_model() -> t.PreTrainedModel:
     """A tiny Llama for the tokens of `tokenizer()`."""
     torch.manual_seed(0)
-    model = t.LlamaForCausalLM(t.LlamaConfig(**{**GROUPED, "vocab_size": CHAT_VOCAB, "max_position_embeddings": 512}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0, 0.3)
-    return model.eval()
+    sizes = {**GROUPED, "vocab_size": CHAT_VOCAB, "max_position_embeddings": 512}
+    return _enlarged(t.LlamaForCausalLM(t.LlamaConfig(**sizes)))
 
 
 def prompts(*lengths: int, side: str = "right", seed: int = 1) -> dict[str, torch.Tensor]:
@@ -256,6 +255,14 @@ def prompts(*lengths: int, side: str = "right", seed: int = 1) -> dict[str, torc
     bounds = torch.tensor(lengths)[:, None]
     mask = steps < bounds if side == "right" else steps >= width - bounds
     return {"input_ids": torch.where(mask, ids, PAD), "attention_mask": mask.long()}
+
+
+def labelled(*lengths: int, prompt: int, seed: int) -> dict[str, torch.Tensor]:
+    """A batch to train on: prompts of one length, and the rest of each sequence its answer."""
+    batch = prompts(*lengths, seed=seed)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels[:, :prompt] = -100
+    return {**batch, "labels": labels}
 
 
 def randomize(model: torch.nn.Module, scale: float = 0.5, seed: int = 2) -> None:

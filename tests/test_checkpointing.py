@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from models import build, prompts, randomize
+from models import build, labelled, prompts, randomize
 from peft import get_peft_model
 
 from peft_reft import ReftConfig
@@ -41,13 +41,6 @@ def gradients(
     if losses:
         sum(losses).backward()
     return {key: p.grad for key, p in model.named_parameters() if p.grad is not None and ".reft_" in key}
-
-
-def labelled(*lengths: int, prompt: int, seed: int) -> dict:
-    batch = prompts(*lengths, seed=seed)
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    labels[:, :prompt] = -100
-    return {**batch, "labels": labels}
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import build, prompts, randomize
+from models import build, labelled, prompts, randomize
 from peft import PeftModel, get_peft_model
 from torch._dynamo.utils import counters
 
@@ -31,13 +31,6 @@ def fresh():
 
 def graphs() -> int:
     return counters["stats"]["unique_graphs"]
-
-
-def labelled(*lengths: int, prompt: int, seed: int) -> dict:
-    batch = prompts(*lengths, seed=seed)
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    labels[:, :prompt] = -100
-    return {**batch, "labels": labels}
 
 
 def packed(*lengths: int, seed: int) -> dict:
