@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import PAD, VOCAB, blocks, build, randomize, weight
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers.activations import ACT2FN
 
 from peft_reft import ReftConfig
@@ -27,7 +27,10 @@ FREE = [token for token in range(VOCAB) if token not in (PAD, END, *TEMPLATE)]
 LAYOUTS = ["left", "right", "position_ids", "cu_seq_lens", "numbered"]
 TOLD = ["nothing", "lengths", "labels", "template", "mask"]
 SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None, "print_blob": True}
-TOLERANCE = {"rtol": 0, "atol": 1e-9}
+SEEDS = st.integers(0, 999)
+# Of the sixteen digits, a random model may lose many where it normalizes a state near zero: of 60,000 cases, one was off by 5e-8.
+# A wrong token changes the first ones.
+TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
 
 
 @cache
@@ -179,13 +182,21 @@ def backward(logits: list[torch.Tensor]) -> None:
     sum((one * factor).sum() for one, factor in zip(logits, random_like(logits))).backward()
 
 
-def check(name: str, layout: Layout, config: ReftConfig, rule: oracle.Rule) -> None:
+def adapted(name: str, config: ReftConfig, seed: int) -> PeftModel:
+    """The real path's model with an adapter of random weights, the same for a seed, so that a failure happens again."""
+    model = base(name, "real")
+    torch.manual_seed(seed)
+    model = get_peft_model(model, config).double().eval()
+    randomize(model)
+    return model
+
+
+def check(name: str, layout: Layout, config: ReftConfig, rule: oracle.Rule, seed: int) -> None:
     """One case: the real path gives what the oracle gives."""
     layout.say(rule, config.groups)
     rule.packed = layout.packed and len(layout.texts) > 1
-    model = get_peft_model(base(name, "real"), config).double().eval()
+    model = adapted(name, config, seed)
     try:
-        randomize(model)
         edits, copies = oracle_edits(model, config)
         expected = oracle_logits(name, layout, edits, rule)
         if rule.told in ("labels", "lengths") and not rule.everything:
@@ -208,9 +219,8 @@ def check(name: str, layout: Layout, config: ReftConfig, rule: oracle.Rule) -> N
                 gradient = torch.stack([oracle.tangent(one, R) for one, R in zip(gradient, leaf.detach())])
             given = weight(blocks(model)[int(index)], letter).grad
             zero = torch.zeros_like(leaf)
-            torch.testing.assert_close(
-                zero if given is None else given, zero if gradient is None else gradient, rtol=1e-9, atol=1e-9
-            )
+            gradients = (zero if one is None else one for one in (given, gradient))
+            torch.testing.assert_close(*gradients, **TOLERANCE)
     finally:
         model.unload()
 
@@ -223,7 +233,8 @@ def test_logits_and_gradients_are_the_oracles(told, how, cases):
     def property(data: st.DataObject) -> None:
         texts = data.draw(st.lists(sequences(), min_size=1, max_size=4))
         rule = data.draw(rules(told))
-        check(data.draw(st.sampled_from(["llama", "gpt2"])), Layout(texts, how), data.draw(adapters(rule)), rule)
+        name, config = data.draw(st.sampled_from(["llama", "gpt2"])), data.draw(adapters(rule))
+        check(name, Layout(texts, how), config, rule, data.draw(SEEDS))
 
     property()
 
@@ -263,9 +274,8 @@ def test_generated_tokens_are_the_oracles(told, cases):
         if told == "lengths" and not any(text.prompt_length for text in texts):
             return  # an error, which the property above sees
         layout.say(rule, config.groups)
-        model = get_peft_model(base(name, "real"), config).double().eval()
+        model = adapted(name, config, data.draw(SEEDS))
         try:
-            randomize(model)
             edits, _ = oracle_edits(model, config)
             del layout.batch["position_ids"]
             settings = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": None, "pad_token_id": PAD}
