@@ -18,7 +18,7 @@ from .context import ForwardContext
 from .prompts import IGNORED_LABEL
 
 
-STYLES = {"F": "bold green", "L": "bold magenta", "all": "bold green", "prompt": "", "answer": "dim"}
+STYLES = {"F": "bold green", "L": "bold magenta", "prompt": "", "answer": "dim"}
 SOURCES = {
     "all tokens": "all of it is prompt, for nothing says otherwise",
     "intervention_mask": "the tokens are told by intervention_mask",
