@@ -69,6 +69,7 @@ class ForwardContext:
         self.rules: dict[str, Rules] = {}
         self.parameters = tuple(inspect.signature(model.forward).parameters)
         self.encoder_parameters: tuple[str, ...] = ()
+        self._configs: dict[str, ReftConfig] = {}
         self._sides: dict[str, set[bool]] = {}  # whether an adapter edits the encoder, the rest, or both
         self._stacks: list[nn.ModuleList] = []  # the lists that edited blocks stand in
         self._saw_labels = False
@@ -93,6 +94,9 @@ class ForwardContext:
         """Serve an adapter, whose layers are in the model already, and watch the calls of the model."""
         self.layers = [module for module in model.modules() if isinstance(module, ReftLayer)]
         self.rules[adapter_name] = rules
+        self._configs[adapter_name] = next(
+            layer.reft_config[adapter_name] for layer in self.layers if adapter_name in layer.reft_config
+        )
         self._stacks = [
             m for m in model.modules() if isinstance(m, nn.ModuleList) and any(c in self.layers for c in m)
         ]
@@ -197,18 +201,21 @@ class ForwardContext:
                 by_rules[kind] = self._select(name, config, arguments, training, in_encoder)
             selections[name, in_encoder] = by_rules[kind]
 
-    def _in_use(self, in_encoder: bool) -> dict[str, ReftConfig]:
-        """The adapters in use whose edit depends on the token, by name."""
+    def _active(self) -> dict[str, ReftConfig]:
+        """The adapters that are switched on, by name."""
         layer = next((layer for layer in self.layers if not layer.disable_adapters), None)
         if layer is None:
             return {}
-        in_use = {}
-        for name in layer.active_adapters:
-            if in_encoder in self._sides.get(name, ()):
-                config = next(layer.reft_config[name] for layer in self.layers if name in layer.reft_config)
-                if not self.rules[name].spec.all_tokens or config.subspaces is not None:
-                    in_use[name] = config
-        return in_use
+        return {name: self._configs[name] for name in layer.active_adapters if name in self._configs}
+
+    def _in_use(self, in_encoder: bool) -> dict[str, ReftConfig]:
+        """Those of them whose edit depends on the token."""
+        return {
+            name: config
+            for name, config in self._active().items()
+            if in_encoder in self._sides[name]
+            and (not self.rules[name].spec.all_tokens or config.subspaces is not None)
+        }
 
     def _select(
         self, name: str, config: ReftConfig, arguments: dict[str, Any], training: bool, in_encoder: bool
@@ -308,16 +315,8 @@ class ForwardContext:
             self._state.generation = before
 
     def _refuse_stray_subspaces(self, told: dict[str, Any]) -> None:
-        layer = next((layer for layer in self.layers if not layer.disable_adapters), None)
-        if layer is None or "subspaces" not in told:
-            return
-        configs = [
-            other.reft_config[name]
-            for other in self.layers
-            for name in layer.active_adapters
-            if name in other.reft_config
-        ]
-        if not any(config.subspaces for config in configs):
+        active = self._active().values()
+        if "subspaces" in told and active and not any(config.subspaces for config in active):
             raise ValueError(
                 f"subspaces={told['subspaces']!r} was passed, but no adapter in use has subspaces. Set them in ReftConfig, for "
                 "example ReftConfig(r=8, subspaces={'style': 4, 'facts': 4}), or leave subspaces out."

@@ -72,7 +72,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.reft_dropout = nn.ModuleDict()  # modules, for trainers that look for them to switch them off
         self.reft_config: dict[str, ReftConfig] = {}
         self._act: dict[str, Any] = {}
-        self._all_tokens: dict[str, bool] = {}
+        self._all_tokens: dict[str, bool] = {}  # of the spec, which a forward, maybe a compiled one, should not parse
         # Which state of each basis is known to have orthonormal rows.
         self._clean: dict[str, tuple[int, int, torch.dtype]] = {}
         self.register_state_dict_pre_hook(_retract_before_saving)

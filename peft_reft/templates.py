@@ -58,12 +58,17 @@ class TextTemplate:
         state_VM, hit_VM = _search_table(text.encode(), tokens)
         self.state_VM = torch.from_numpy(state_VM)
         self.hit_VM = torch.from_numpy(hit_VM)
-        ids_1S = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
-        if ids_1S.numel() == 0 or not self.matches(ids_1S, torch.zeros_like(ids_1S, dtype=torch.bool)).any():
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not self.occurs_in(ids):
             raise ValueError(
                 f"response_template={text!r} is not found in its own tokens: {type(tokenizer).__name__} changes the text. "
-                f"Give the token ids that your prompts end with, for example response_template={ids_1S[0].tolist()}."
+                f"Give the token ids that your prompts end with, for example response_template={ids}."
             )
+
+    def occurs_in(self, ids: list[int]) -> bool:
+        """Whether the text is found in the tokens of one sequence."""
+        ids_1S = torch.tensor([ids], dtype=torch.long)
+        return bool(ids) and bool(self.matches(ids_1S, torch.zeros_like(ids_1S, dtype=torch.bool)).any())
 
     def matches(self, ids_BS: Tensor, start_BS: Tensor) -> Tensor:
         """The tokens in which a match ends, as a bool mask [B, S]. No match crosses a token of `start_BS`."""

@@ -6,7 +6,6 @@ import functools
 import io
 from typing import Any
 
-import torch
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from axolotl.loaders import load_tokenizer
 from axolotl.loaders.adapter import _get_peft_task_type
@@ -128,8 +127,7 @@ def _check_template(config: ReftConfig, cfg: DictDefault) -> None:
     text = config.response_template
     ids = load_tokenizer(cfg)(text, add_special_tokens=False)["input_ids"]
     saved = TextTemplate(text, AutoTokenizer.from_pretrained(config.tokenizer_name_or_path or cfg.base_model))
-    tokens = torch.tensor([ids])
-    if not saved.matches(tokens, torch.zeros_like(tokens, dtype=torch.bool)).any():
+    if not saved.occurs_in(ids):
         raise ValueError(
             f"reft: response_template: {text!r} holds tokens that this YAML adds to the tokenizer, so an adapter would not find "
             f"it with the base model's. Give it as the token ids of your tokenizer: response_template: {ids}."
