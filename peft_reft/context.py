@@ -34,6 +34,7 @@ from .checkpointing import bind_checkpoints, unbind_checkpoints
 from .config import ReftConfig
 from .generation import Generation
 from .layer import ReftLayer, retract_stale
+from .mixed import MixedBatch
 from .positions import Selection, places, round_up, select
 from .subspaces import kept_directions
 from .targets import encoder_of
@@ -50,6 +51,7 @@ UNTOLD_EVALUATION = (
 class _CallState(threading.local):
     """What belongs to the call that a thread is in. Threads may run one model, as `torch.nn.DataParallel` does."""
 
+    mixed: MixedBatch | None = None
     generation: Generation | None = None
     told: dict[str, Any] | None = None
     # By adapter, and whether in the encoder of an encoder-decoder model.
@@ -148,6 +150,34 @@ class ForwardContext:
             )
         return selections[adapter_name, layer.in_encoder]
 
+    # -- mixed batches -----------------------------------------------------------------------------------------------
+
+    @property
+    def mixed(self) -> MixedBatch | None:
+        """The adapters of the examples, where each has its own."""
+        return self._state.mixed
+
+    @contextmanager
+    def mixing(self, adapter_names: Any) -> Iterator[MixedBatch]:
+        """Run the calls within with an adapter for each example.
+
+        Raises:
+            ValueError: when there is no adapter of a name.
+        """
+        mixed = MixedBatch(adapter_names)
+        loaded = {name for layer in self.layers for name in layer.reft_R}
+        unknown = sorted(set(mixed.adapters) - loaded)
+        if unknown:
+            raise ValueError(
+                f"adapter_names names adapters that are not loaded: {', '.join(unknown)}. "
+                f"Loaded are: {', '.join(sorted(loaded))}."
+            )
+        before, self._state.mixed = self._state.mixed, mixed
+        try:
+            yield mixed
+        finally:
+            self._state.mixed = before
+
     # -- forward -----------------------------------------------------------------------------------------------------
     # torch.compile leaves what is decorated out of its graphs: it reads the cache, the batch and the state of the weights,
     # and its result, index tensors of few different shapes, is an input to the compiled layers.
@@ -163,6 +193,9 @@ class ForwardContext:
         if model.training:
             bind_checkpoints(self._around_edits(model), self._remember)
         self._refuse_stray_subspaces(told)
+        if self.mixed is not None:
+            first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            self.mixed.refuse_other_size(first.shape[0], repeated=generation is not None)
         self._select_all(arguments, model.training, in_encoder=False)
         if generation is not None:
             generation.advance()
@@ -199,14 +232,19 @@ class ForwardContext:
             kind = (self.rules[name], groups)
             if kind not in by_rules:
                 by_rules[kind] = self._select(name, config, arguments, training, in_encoder)
-            selections[name, in_encoder] = by_rules[kind]
+            selection = by_rules[kind]
+            if self.mixed is not None and selection is not None:
+                rows, device = selection.edited_BS.shape[0], selection.edited_BS.device
+                selection = selection.of_rows(self.mixed.rows(name, rows, device))
+            selections[name, in_encoder] = selection
 
     def _active(self) -> dict[str, ReftConfig]:
-        """The adapters that are switched on, by name."""
+        """The adapters that are switched on, or that the examples of a mixed batch use, by name."""
         layer = next((layer for layer in self.layers if not layer.disable_adapters), None)
         if layer is None:
             return {}
-        return {name: self._configs[name] for name in layer.active_adapters if name in self._configs}
+        names = layer.active_adapters if self.mixed is None else self.mixed.adapters
+        return {name: self._configs[name] for name in names if name in self._configs}
 
     def _in_use(self, in_encoder: bool) -> dict[str, ReftConfig]:
         """Those of them whose edit depends on the token."""
@@ -301,14 +339,19 @@ class ForwardContext:
         told = {key: value for key in TOLD if (value := kwargs.pop(key, None)) is not None}
         in_use = {**self._in_use(in_encoder=False), **self._in_use(in_encoder=True)}
         self._refuse_stray_subspaces(told)
-        if not in_use:
+        if not in_use and self.mixed is None:
             yield kwargs
             return
-        refuse_unknown_prompts(model, kwargs)
-        # What an encoder-decoder model is given goes to its encoder, and is no prompt of its decoder.
-        prompts = None if self.encoder_parameters else given_prompts(model, args, kwargs, told)
+        rows = main_input(model, args, kwargs).shape[0]
+        if self.mixed is not None:
+            self.mixed.refuse_other_size(rows, repeated=False)
+        prompts = None
+        if in_use:
+            refuse_unknown_prompts(model, kwargs)
+            # What an encoder-decoder model is given goes to its encoder, and is no prompt of its decoder.
+            prompts = None if self.encoder_parameters else given_prompts(model, args, kwargs, told)
         before = self._state.generation
-        self._state.generation = Generation(told, main_input(model, args, kwargs).shape[0], prompts)
+        self._state.generation = Generation(told, rows, prompts)
         try:
             yield kwargs
         finally:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import rotation
 from .config import ReftConfig
 from .interventions import INTERVENTIONS, activation, edit_coefficients, initialize
+from .mixed import MixedBatch
 from .positions import Selection
 
 
@@ -31,6 +32,9 @@ MERGE_REFUSAL = (
 
 class SelectionSource(Protocol):
     """What a layer needs of the ForwardContext."""
+
+    @property
+    def mixed(self) -> MixedBatch | None: ...
 
     def selection(self, adapter_name: str, layer: ReftLayer) -> Selection | None: ...
 
@@ -192,7 +196,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         # for any operation that does not keep its own result, and says so when one does.
         passed_through = any(h is argument for argument in (*args, *kwargs.values()))
         owned = self.is_block and not passed_through and _may_be_written(h)
-        for adapter_name in self.active_adapters:
+        mixed = self.context.mixed
+        for adapter_name in self.active_adapters if mixed is None else mixed.adapters:
             if adapter_name in self.reft_R:
                 edited = self._edit(h, adapter_name, in_place=owned)
                 owned, h = owned or edited is not h, edited
@@ -209,11 +214,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             self._check_shape(h, selection)
             selection = selection.to(h.device)
         if all_tokens:
-            # Backward reads the states as they were before the edit.
-            before = h.clone() if in_place and torch.is_grad_enabled() else h
-            kept_TR = None if selection is None else selection.kept_TR
-            delta = self._delta(before.reshape(1, -1, h.shape[-1]), adapter_name, kept_TR).view(h.shape)
-            return h.add_(delta) if in_place else h + delta
+            return self._edit_all(h, adapter_name, in_place, None if selection is None else selection.kept_TR)
         assert selection is not None and selection.index_GN is not None and selection.spare_GN is not None
         h_TD, index_GN = h.flatten(0, -2), selection.index_GN
         kept_GNR = None if selection.kept_TR is None else selection.kept_TR[index_GN]
@@ -222,6 +223,21 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         # Adding, not assigning: spare places add 0 to a token that another place edits.
         edit = h_TD.index_add_ if in_place else h_TD.index_add
         return edit(0, index_GN.flatten(), delta_GND.flatten(0, 1)).view(h.shape)
+
+    def _edit_all(self, h: Tensor, adapter_name: str, in_place: bool, kept_TR: Tensor | None) -> Tensor:
+        """Edit every row of h [..., D], or, in a mixed batch, of the examples that use the adapter."""
+        mixed = self.context.mixed
+        if mixed is None:
+            # Backward reads the states as they were before the edit.
+            before = h.clone() if in_place and torch.is_grad_enabled() else h
+            delta = self._delta(before.reshape(1, -1, h.shape[-1]), adapter_name, kept_TR).view(h.shape)
+            return h.add_(delta) if in_place else h + delta
+        rows = mixed.rows(adapter_name, h.shape[0], h.device)
+        if kept_TR is not None:
+            kept_TR = kept_TR.view(*h.shape[:-1], -1)[rows].flatten(0, -2)
+        own = h[rows]
+        delta = self._delta(own.reshape(1, -1, h.shape[-1]), adapter_name, kept_TR).view(own.shape)
+        return h.index_add_(0, rows, delta) if in_place else h.index_add(0, rows, delta)
 
     def _check_shape(self, h: Tensor, selection: Selection) -> None:
         rows, width = selection.edited_BS.shape

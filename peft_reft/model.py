@@ -16,6 +16,7 @@ from .batch import Rules
 from .config import ReftConfig
 from .context import ForwardContext
 from .layer import MERGE_REFUSAL, ReftLayer
+from .mixed import mixed_modules_to_save
 from .targets import Target, encoder_of, find_targets, not_a_target
 
 
@@ -123,11 +124,14 @@ class ReftModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
-        if adapter_names is not None:  # PEFT would drop it without a word
-            raise NotImplementedError(
-                "adapter_names is not supported by ReFT yet: run a batch for each adapter, with set_adapter before it."
-            )
-        yield
+        """PEFT's `adapter_names`: an adapter for each example of the calls within."""
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names is for inference. Call model.eval() first, or leave adapter_names out.")
+        with self._context.mixing(adapter_names) as mixed, mixed_modules_to_save(self.model, mixed):
+            yield
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

@@ -9,7 +9,7 @@ Dimensions: B rows of the batch, S tokens of a row, T = B * S, G groups of weigh
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -94,6 +94,20 @@ class Selection:
             return None if tensor is None else tensor.to(device)
 
         return Selection(self.edited_BS.to(device), move(self.index_GN), move(self.spare_GN), move(self.kept_TR))
+
+    def of_rows(self, rows: Tensor) -> Selection:
+        """The part of it in some rows of the batch.
+
+        Args:
+            rows (`torch.LongTensor`): Their indices.
+        """
+        own_B = torch.zeros(self.edited_BS.shape[0], dtype=torch.bool, device=self.edited_BS.device)
+        own_B[rows] = True
+        edited_BS = self.edited_BS & own_B[:, None]
+        if self.index_GN is None or self.spare_GN is None:
+            return replace(self, edited_BS=edited_BS)
+        spare_GN = self.spare_GN | ~own_B[self.index_GN // self.edited_BS.shape[1]]
+        return replace(self, edited_BS=edited_BS, spare_GN=spare_GN)
 
 
 def first_and_last(prompts: Prompts, spec: PositionSpec) -> tuple[Tensor, Tensor]:

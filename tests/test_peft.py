@@ -199,11 +199,6 @@ def test_one_config_serves_models_of_different_widths():
     assert get_peft_model(net, config).peft_config["default"].width == 16
 
 
-def test_adapter_names_are_refused_rather_than_dropped():
-    with pytest.raises(NotImplementedError, match="adapter_names"):
-        adapted()(**BATCH, adapter_names=["default", "__base__"])
-
-
 def test_copies_and_pickles_are_independent(tmp_path):
     model = adapted()
     expected = logits(model)
