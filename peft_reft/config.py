@@ -37,7 +37,7 @@ class ReftConfig(PeftConfig):
         act_fn (`str`, *optional*): Activation function of the source, by its name in transformers (`"gelu"`, ...).
         add_bias (`bool`): Whether to learn b. The source of consreft and lobireft is b itself, so they need it.
         init_weights (`bool` or `"pyreft"`): True starts at the base model, exactly, wherever the formula allows it;
-            `"pyreft"` starts at pyreft's random weights.
+            `"pyreft"`, or False, starts at pyreft's random weights.
         target_modules (`str` or `list[str]`, *optional*): The modules whose output is edited: names, or one regex, as
             in LoraConfig. Any module whose output is a tensor, or a tuple that starts with one. None takes the blocks
             of the model's main stack.
@@ -120,8 +120,8 @@ class ReftConfig(PeftConfig):
             _reject(
                 "act_fn", self.act_fn, "None or an activation of transformers: " + ", ".join(ACT2FN), "act_fn='gelu'"
             )
-        if self.init_weights not in (True, "pyreft"):
-            _reject("init_weights", self.init_weights, "True or 'pyreft'", "init_weights=True")
+        if self.init_weights not in (True, False, "pyreft"):
+            _reject("init_weights", self.init_weights, "True, False or 'pyreft'", "init_weights=True")
         self._check_intervention()
         self._check_prompts()
         self._check_subspaces()

@@ -79,21 +79,30 @@ def edit_coefficients(
     Returns:
         `torch.Tensor`: [G, N, r], in the dtype of the weights.
     """
-    if W_GRD is None:
-        assert b_GR is not None
-        b_GNR = b_GR[:, None].expand(-1, h_GND.shape[1], -1)
-        return b_GNR - h_GND @ R_GRD.mT if intervention.replaces else b_GNR
-    if intervention.replaces and act is None:
-        # Wh + b − Rh in one product. It is exactly 0 where W = R and b = 0, which the identity start relies on.
-        return _affine(h_GND, W_GRD - R_GRD, b_GR)
-    source_GNR = _affine(h_GND, W_GRD, b_GR)
-    if act is not None:
-        source_GNR = act(source_GNR)
+    if act is None:
+        M_GRD, b_GR = affine_source(intervention, R_GRD, W_GRD, b_GR)
+        return _affine(h_GND, M_GRD, b_GR)
+    source_GNR = act(_affine(h_GND, W_GRD, b_GR))
     return source_GNR - h_GND @ R_GRD.mT if intervention.replaces else source_GNR
 
 
-def _affine(h_GND: Tensor, W_GRD: Tensor, b_GR: Tensor | None) -> Tensor:
-    return h_GND @ W_GRD.mT if b_GR is None else torch.baddbmm(b_GR[:, None], h_GND, W_GRD.mT)
+def affine_source(
+    intervention: Intervention, R_GRD: Tensor, W_GRD: Tensor | None, b_GR: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """M [G, r, D] and b [G, r] of c = Mh + b, which every edit is without an activation function. None where it is 0.
+
+    Wh − Rh is one product. It is exactly 0 where W = R, which the identity start relies on.
+    """
+    if not intervention.replaces:
+        return W_GRD, b_GR
+    return -R_GRD if W_GRD is None else W_GRD - R_GRD, b_GR
+
+
+def _affine(h_GND: Tensor, M_GRD: Tensor | None, b_GR: Tensor | None) -> Tensor:
+    if M_GRD is None:
+        assert b_GR is not None
+        return b_GR[:, None].expand(-1, h_GND.shape[1], -1)
+    return h_GND @ M_GRD.mT if b_GR is None else torch.baddbmm(b_GR[:, None], h_GND, M_GRD.mT)
 
 
 def initialize(
@@ -106,7 +115,7 @@ def initialize(
 ) -> None:
     """Fill the weights of one layer in place.
 
-    With `init_weights="pyreft"`, as pyreft does: R with orthonormal rows or as a linear layer's weight, W and b as a
+    With `init_weights="pyreft"`, or False, as pyreft does: R with orthonormal rows or as a linear layer's weight, W and b as a
     linear layer's, a constant source uniform in [0, 1).
 
     With `init_weights=True`, such that the edit starts as the identity, exactly, wherever the formula allows it: W = R
@@ -126,7 +135,7 @@ def initialize(
             if b_GR is not None:
                 bound = W_GRD.shape[-1] ** -0.5
                 b_GR.uniform_(-bound, bound)
-        if init_weights == "pyreft":
+        if init_weights is not True:
             return
         if W_GRD is None:
             if not intervention.replaces and b_GR is not None:

@@ -8,26 +8,22 @@ Dimensions: B rows of the batch, S tokens, T = B * S, G groups of weights, N tok
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from . import rotation
 from .config import ReftConfig
 from .interventions import INTERVENTIONS, activation, edit_coefficients, initialize
+from .merging import PLAIN_DTYPES, MergedEdit, merge_edit, obstacle, unmerge_edit
 from .mixed import MixedBatch
 from .positions import Selection
-
-
-MERGE_REFUSAL = (
-    "A ReFT adapter can't be merged: it edits hidden states at chosen positions, and no change of a weight does that, "
-    "since a weight acts on every token alike. Keep the adapter loaded, or take it off with `unload()`. The model is "
-    "as it was."
-)
 
 
 class SelectionSource(Protocol):
@@ -70,6 +66,10 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.name = name
         self.is_block = is_block
         self.in_encoder = in_encoder
+        if isinstance(base_layer, (nn.Embedding, Conv1D)):  # other linear layers have them themselves
+            self.in_features: int | None
+            self.out_features: int | None
+            self.in_features, self.out_features = _get_in_out_features(base_layer)
         self.reft_R = nn.ParameterDict()
         self.reft_W = nn.ParameterDict()
         self.reft_b = nn.ParameterDict()
@@ -77,6 +77,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.reft_config: dict[str, ReftConfig] = {}
         self._act: dict[str, Any] = {}
         self._all_tokens: dict[str, bool] = {}  # of the spec, which a forward, maybe a compiled one, should not parse
+        self.merged_adapters = []  # the class has a list that all layers would share
+        self._merged: list[MergedEdit] = []
         # Which state of each basis is known to have orthonormal rows.
         self._clean: dict[str, tuple[int, int, torch.dtype]] = {}
         self.register_state_dict_pre_hook(_retract_before_saving)
@@ -121,14 +123,16 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         if config.add_bias:
             self.reft_b[adapter_name] = nn.Parameter(torch.empty(shape[:2], dtype=torch.float32))
         self.reft_dropout[adapter_name] = nn.Dropout(config.dropout if intervention.has_dropout else 0.0)
-        R, W, b = self._weights(adapter_name)
+        R, W, b = self.weights(adapter_name)
         if not R.is_meta:
             initialize(intervention, R, W, b, self._act[adapter_name], config.init_weights)
         self._mark_clean(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _weights(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter | None, nn.Parameter | None]:
+    def weights(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter | None, nn.Parameter | None]:
+        """R, W and b of an adapter, where it has them."""
+
         def get(weights: nn.ParameterDict) -> nn.Parameter | None:
             return weights[adapter_name] if adapter_name in weights else None
 
@@ -147,9 +151,11 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 weights[adapter_name] = weights[adapter_name].to(**to)
         self._mark_clean(adapter_name)
 
-    def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
-        """Give the weights of an adapter another dtype."""
-        if adapter_name in self.reft_R:
+    def cast_adapter_as_base(self, adapter_name: str) -> None:
+        """Give the weights of an adapter the dtype in which the wrapped module keeps its own, if it is one to compute in."""
+        dtypes = (parameter.dtype for parameter in self.base_layer.parameters())
+        dtype = next((dtype for dtype in dtypes if dtype in PLAIN_DTYPES), None)
+        if adapter_name in self.reft_R and dtype is not None:
             self._convert(adapter_name, dtype=dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -158,11 +164,51 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self._all_tokens.pop(adapter_name, None)
         self._clean.pop(adapter_name, None)
 
+    # -- merging -----------------------------------------------------------------------------------------------------
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise NotImplementedError(MERGE_REFUSAL)
+        """Fold the edits of adapters, the active ones if none are named, into the weight and bias of a linear layer.
+
+        Args:
+            safe_merge (`bool`): Whether to look for NaN and infinities first.
+            adapter_names (`list[str]`, *optional*): The adapters, in the order in which they edit.
+
+        Raises:
+            NotImplementedError: when an edit can't be folded in, saying why. Nothing is merged then.
+            ValueError: when it is to be safe and the result would not be finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.reft_R]
+        for name in names:
+            self.refuse_merge(name)
+        retract_stale([self])
+        for name in names:
+            self._merged.append(merge_edit(self, name, safe_merge))
+            self.merged_adapters.append(name)
+
+    def refuse_merge(self, adapter_name: str) -> None:
+        """
+        Raises:
+            NotImplementedError: when an adapter can't be merged into this layer.
+        """
+        reason = obstacle(self, adapter_name)
+        if reason is not None:
+            raise NotImplementedError(
+                f"The adapter {adapter_name!r} can't be merged: {reason}. Keep the adapter loaded, or take it off with "
+                "`unload()`. The model is as it was."
+            )
+
+    @property
+    def gained_bias(self) -> bool:
+        """Whether merging has given the linear layer a bias that it did not have."""
+        return any(edit.made_bias for edit in self._merged)
 
     def unmerge(self) -> None:
-        raise NotImplementedError(MERGE_REFUSAL)
+        """Take merged edits out of the weight and the bias again, up to the rounding of their dtype."""
+        if not self.merged:
+            warnings.warn("Already unmerged, nothing to do.")
+        while self._merged:
+            unmerge_edit(self, self._merged.pop())
+            self.merged_adapters.pop()
 
     # -- the basis ---------------------------------------------------------------------------------------------------
 
@@ -182,8 +228,10 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     # -- forward -----------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         output = self.base_layer(*args, **kwargs)
-        if self.disable_adapters:
+        if self.disable_adapters or self.merged:
             return output
         h = output[0] if isinstance(output, tuple) else output
         if not isinstance(h, Tensor):
@@ -252,7 +300,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         """What the edit adds to the rows h_GND, in their dtype. `kept_GNR` marks the directions that a row uses."""
         config = self.reft_config[adapter_name]
         intervention = INTERVENTIONS[config.intervention]
-        R, W, b = self._weights(adapter_name)
+        R, W, b = self.weights(adapter_name)
         with _full_precision(h_GND.device.type):
             R_GRD = R if not intervention.orthonormal or not torch.is_grad_enabled() else rotation.tangent(R)
             wide_GND = h_GND.to(R.dtype)

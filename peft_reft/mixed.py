@@ -41,8 +41,8 @@ class MixedBatch:
         if examples == len(self.names) or (repeated and examples % len(self.names) == 0):
             return
         raise ValueError(
-            f"adapter_names has {len(self.names)} names, for a batch of {examples} examples. Pass one for each example, "
-            f"{BASE!r} for those without an adapter."
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(self.names)} and {examples} respectively. Pass {BASE!r} for examples without an adapter."
         )
 
     def rows(self, adapter_name: str, count: int, device: torch.device) -> Tensor:

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from .batch import Rules
 from .config import ReftConfig
 from .context import ForwardContext
-from .layer import MERGE_REFUSAL, ReftLayer
+from .layer import ReftLayer
+from .merging import quantization_backend, refuse_shared_weights, warn_of_new_biases
 from .mixed import mixed_modules_to_save
 from .targets import Target, encoder_of, find_targets, not_a_target
 
@@ -100,6 +101,7 @@ class ReftModel(BaseTuner):
             return
         in_encoder = target in self._encoder_modules
         layer = ReftLayer(target, self._context, current_key, found.is_block, in_encoder)
+        layer.quantization_backend = quantization_backend(target, self.model)
         layer.update_layer(adapter_name, peft_config, found.width)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trainable until it is set
@@ -110,17 +112,49 @@ class ReftModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Weights are made in float32. Told not to, give them the dtype of the base model."""
+        """Weights are made in float32. Told not to, give them the dtype of what they edit."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        dtype = getattr(self.model, "dtype", None)
-        if not autocast_adapter_dtype and dtype is not None and dtype.is_floating_point:
+        if not autocast_adapter_dtype:
             for layer in self._context.layers:
-                layer.cast_adapter(adapter_name, dtype)
+                layer.cast_adapter_as_base(adapter_name)
 
-    # -- what PEFT offers and ReFT can't ------------------------------------------------------------------------------
+    # -- merging and removal -------------------------------------------------------------------------------------------
 
-    def _check_merge_allowed(self) -> None:
-        raise NotImplementedError(MERGE_REFUSAL)
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._refuse_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(  # type: ignore[override]
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._refuse_merge(adapter_names, safe_merge)
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        self._context.detach(model)
+        if merge:
+            warn_of_new_biases(self._context.layers)
+        return model
+
+    def _refuse_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Find every obstacle to merging before the first layer is changed."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        unknown = sorted(set(names) - set(self.peft_config))
+        if unknown:
+            raise ValueError(
+                f"There is no adapter {unknown[0]!r} to merge. Loaded are: {', '.join(self.peft_config)}."
+            )
+        targets = [(layer, name) for layer in self._context.layers for name in names if name in layer.reft_R]
+        for layer, name in targets:
+            layer.refuse_merge(name)
+            if safe_merge and not all(weight is None or weight.isfinite().all() for weight in layer.weights(name)):
+                raise ValueError(
+                    f"The adapter {name!r} has NaN or infinite weights in {layer.name!r}. Nothing was merged."
+                )
+        refuse_shared_weights(self.model, {layer.name: layer.get_base_layer() for layer, _ in targets})
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
@@ -128,8 +162,16 @@ class ReftModel(BaseTuner):
         if adapter_names is None:
             yield
             return
+        merged = sorted({name for layer in self._context.layers for name in layer.merged_adapters})
+        if merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. Merged are: "
+                f"{', '.join(merged)}."
+            )
         if self.training:
-            raise ValueError("adapter_names is for inference. Call model.eval() first, or leave adapter_names out.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first."
+            )
         with self._context.mixing(adapter_names) as mixed, mixed_modules_to_save(self.model, mixed):
             yield
 
@@ -138,14 +180,6 @@ class ReftModel(BaseTuner):
         # PEFT takes the next adapter from the first layer, where there may be none: adapters edit different layers.
         if not self.active_adapters and self.peft_config:
             self.set_adapter(next(iter(self.peft_config)))
-
-    # -- removal -----------------------------------------------------------------------------------------------------
-
-    def unload(self) -> nn.Module:
-        """Take the adapters off, and return the base model as it was."""
-        model = super().unload()
-        self._context.detach(model)
-        return model
 
 
 def _rules(model: Any, config: ReftConfig) -> Rules:

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_reft import ReftConfig
@@ -214,6 +214,27 @@ def test_merging_stops_with_the_reason_and_writes_nothing(folder, trained):
     assert run.code != 0
     assert "adapter: loreft can't be merged into the base model" in run.output
     assert not (folder / "merged" / "merged").exists() and not (trained.out / "merged").exists()
+
+
+def test_edits_of_every_token_are_merged(folder):
+    block = {"positions": "all", "target_modules": ["down_proj"], "add_bias": False, "init_weights": "pyreft"}
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    config = ReftConfig(r=4, layers_to_transform=[0, 2], task_type="CAUSAL_LM", **block)
+    model = get_peft_model(base, config).eval()
+    model.save_pretrained(folder / "every_token")
+    ids = torch.arange(3, 40).view(1, -1)
+    with torch.no_grad():
+        edited = model(ids).logits
+        with model.disable_adapter():
+            assert not torch.allclose(edited, model(ids).logits, atol=1e-2)
+    settings = LORA | TO_REFT | {"reft": block, "lora_model_dir": str(folder / "every_token")}
+    refused = axolotl(folder, "merge-lora", settings, name="shards")
+    assert refused.code != 0 and "Set merge_method: legacy" in refused.output
+    run = axolotl(folder, "merge-lora", settings | {"merge_method": "legacy"}, name="legacy")
+    assert run.code == 0, run.output[-6000:]
+    merged = AutoModelForCausalLM.from_pretrained(folder / "legacy" / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, edited, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

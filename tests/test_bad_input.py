@@ -28,7 +28,6 @@ from peft_reft import ReftConfig, ReftLayer
         ({"act_fn": "gelu", "intervention": "lobireft"}, r"act_fn='gelu'.*lobireft has no activation"),
         ({"add_bias": False, "intervention": "consreft"}, r"add_bias=False.*source of consreft is b"),
         ({"init_weights": "gaussian"}, r"init_weights='gaussian'.*'pyreft'"),
-        ({"init_weights": False}, r"init_weights=False"),
         ({"layers_to_transform": [-1]}, r"layers_to_transform=\[-1\].*from 0"),
         ({"layers_to_transform": []}, r"layers_to_transform=\[\]"),
         ({"layers_to_transform": "all"}, r"layers_to_transform='all'"),

@@ -125,10 +125,10 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"names adapters that are not loaded: other\. Loaded are: all, one, two"):
         model(**BATCH, adapter_names=["other"] * 6)
     for names in (["one"] * 3, ["one"] * 7):
-        message = f"adapter_names has {len(names)} names, for a batch of 6 examples"
+        message = f"same as the number of inputs, but got {len(names)} and 6 respectively"
         with pytest.raises(ValueError, match=message):
             model(**BATCH, adapter_names=names)
         with pytest.raises(ValueError, match=message):
             model.generate(**BATCH, adapter_names=names, max_new_tokens=2)
-    with pytest.raises(ValueError, match=r"adapter_names is for inference\. Call model\.eval\(\) first"):
+    with pytest.raises(ValueError, match=r"when the model is in training mode"):
         model.train()(**BATCH, adapter_names=NAMES)

@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 
-import pytest
 import torch
 from models import build, prompts, randomize, weight
 from peft import (
@@ -19,7 +18,7 @@ from peft import (
 )
 from safetensors.torch import load_file
 
-from peft_reft import ReftConfig, ReftLayer, ReftModel
+from peft_reft import ReftConfig, ReftModel
 from peft_reft.registration import register
 
 
@@ -147,16 +146,6 @@ def test_disable_adapter_and_unload_give_the_base_model_back():
     assert not base._forward_pre_hooks and not base._forward_hooks and "generate" not in base.__dict__
     assert torch.equal(logits(base), plain)
     assert torch.equal(base.generate(**BATCH, max_new_tokens=4, do_sample=False), generated)
-
-
-@pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter"])
-def test_merging_is_refused_and_changes_nothing(how):
-    model = adapted()
-    before = logits(model)
-    with pytest.raises(NotImplementedError, match="can't be merged: it edits hidden states at chosen positions"):
-        getattr(model, how)()
-    assert torch.equal(logits(model), before)
-    assert sum(isinstance(m, ReftLayer) for m in model.modules()) == 3
 
 
 def test_several_adapters(tmp_path):

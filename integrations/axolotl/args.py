@@ -68,19 +68,32 @@ class ReftArgs(BaseModel):
     def check_reft(self) -> ReftArgs:
         adapter = getattr(self, "adapter", None)
         if is_reft(adapter):
+            config = reft_config(self)
             if getattr(self, "merge_lora", None):
-                raise ValueError(
-                    f"adapter: {adapter} can't be merged into the base model: it edits hidden states at chosen positions, "
-                    "and no change of a weight does that. Nothing was written. Load the adapter beside its base model "
-                    "instead: `axolotl inference --lora-model-dir ...`, or PeftModel.from_pretrained(base, adapter_dir)."
-                )
-            _check_prompts_are_known(self, reft_config(self))
+                _check_merge(self, config)
+            _check_prompts_are_known(self, config)
         elif self.reft is not None:
             raise ValueError(
                 f"reft: is set, but adapter: {adapter} is not a ReFT adapter. Set adapter: to one of "
                 f"{', '.join(INTERVENTIONS)}, or remove the reft: block."
             )
         return self
+
+
+def _check_merge(cfg: Any, config: ReftConfig) -> None:
+    """`axolotl merge-lora`: stop before anything is written. Whether every layer can be merged is PEFT's to find out."""
+    if not config.spec.all_tokens:
+        raise ValueError(
+            f"adapter: {cfg.adapter} can't be merged into the base model: it edits hidden states at chosen positions, "
+            "and no change of a weight does that. Nothing was written. Load the adapter beside its base model "
+            "instead: `axolotl inference --lora-model-dir ...`, or PeftModel.from_pretrained(base, adapter_dir)."
+        )
+    method = getattr(cfg, "merge_method", None)
+    if str(getattr(method, "value", method)) != "legacy":
+        raise ValueError(
+            f"merge_method: {method or 'memory_efficient'} adds up LoRA's matrices file by file, and knows no other adapter. "
+            "Nothing was written. Set merge_method: legacy, which has PEFT merge the loaded model."
+        )
 
 
 def _check_prompts_are_known(cfg: Any, config: ReftConfig) -> None:

@@ -1,0 +1,180 @@
+"""Merging: an edit that is an affine map of a linear layer's output, folded into the layer's weight and bias.
+
+Without an activation function every edit is h + Rᵀ(Mh + c), with M and c as in interventions.py. Where it is made of every
+token, and h = Ax + a is the output of a linear layer, the layer with weight A + RᵀMA and bias a + Rᵀ(Ma + c) gives the edited
+states by itself. This module knows that algebra, and which layers it holds for. Which layers to merge, and when, is left to
+PEFT and to model.py.
+
+Dimensions: R rank, D width of the output, I of the input.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.utils.quantization_utils import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .interventions import INTERVENTIONS, activation, affine_source
+
+
+if TYPE_CHECKING:
+    from .layer import ReftLayer
+
+# Those that weights are added up in; the 8-bit ones only store them.
+PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass
+class MergedEdit:
+    """What merging added to a layer, to be taken away again.
+
+    Args:
+        R_RD (`torch.Tensor`): The basis as it was when the edit was merged.
+        added_RI (`torch.Tensor`): MA: the weight has RᵀMA added.
+        added_R (`torch.Tensor`): Ma + c: the bias has Rᵀ(Ma + c) added.
+        made_bias (`bool`): Whether the layer had no bias before.
+    """
+
+    R_RD: Tensor
+    added_RI: Tensor
+    added_R: Tensor
+    made_bias: bool
+
+
+def obstacle(layer: ReftLayer, adapter_name: str) -> str | None:
+    """What keeps an adapter from being merged into a layer. None: nothing does."""
+    config, base = layer.reft_config[adapter_name], layer.base_layer
+    if not config.spec.all_tokens:
+        return (
+            "it edits hidden states at chosen positions, and no change of a weight does that, since a weight acts on every "
+            "token alike"
+        )
+    if config.subspaces is not None:
+        return "it has subspaces, which examples choose for themselves"
+    if activation(config.act_fn) is not None:
+        return f"act_fn={config.act_fn!r} makes the edit nonlinear, and a linear layer can't take it in"
+    if layer.get_base_layer() is not base:
+        return f"there is another adapter between it and {layer.name!r}: merge that one first"
+    backend = layer.quantization_backend
+    if backend is not None:
+        return (
+            None
+            if backend.supports_merge
+            else f"PEFT can't unpack the quantized weight of {layer.name!r} ({backend.backend_name})"
+        )
+    if not isinstance(base, (nn.Linear, Conv1D)):
+        return f"{layer.name!r} is a {type(base).__name__}, and only the output of a linear layer can be folded into a weight"
+    if type(base.weight.data) is not Tensor or base.weight.dtype not in PLAIN_DTYPES:
+        kind = type(base.weight.data).__name__
+        return f"the weight of {layer.name!r} is a {kind} of {base.weight.dtype}, which can't be written to as floating point"
+    return None
+
+
+def refuse_shared_weights(model: nn.Module, to_merge: dict[str, nn.Module]) -> None:
+    """
+    Args:
+        model (`torch.nn.Module`): The whole model.
+        to_merge (`dict[str, torch.nn.Module]`): The layers to merge into, by name.
+
+    Raises:
+        NotImplementedError: when a weight is also that of another module, which would change with it.
+    """
+    merging = {id(getattr(base, "weight", None)): name for name, base in to_merge.items()}
+    for other, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            name = merging.get(id(parameter))
+            if name is not None and module is not to_merge[name]:
+                raise NotImplementedError(
+                    f"Merging into {name!r} would change {other!r} too: they share a weight. Load the base model with "
+                    "tie_word_embeddings=False and a copy of the weight, or keep the adapter loaded. The model is as it was."
+                )
+
+
+def warn_of_new_biases(layers: Iterable[ReftLayer]) -> None:
+    """Say which linear layers merging has given a bias, for a saved model may have no place for it."""
+    names = [layer.name for layer in layers if layer.gained_bias]
+    if names:
+        warnings.warn(
+            f"{names[0]!r} had no bias, and has one now (layers so changed: {len(names)}). If the architecture has no place for it, "
+            "from_pretrained drops it from a saved copy of this model. Train with add_bias=False to merge without a bias."
+        )
+
+
+def quantization_backend(target: nn.Module, model: nn.Module) -> QuantizationBackend | None:
+    """What PEFT knows of a linear layer's quantization. None: it is not quantized, or in a way unknown to PEFT."""
+    if not hasattr(target, "out_features"):  # only linear layers are ever merged
+        return None
+    try:
+        return resolve_quantization_backend(target, **get_quantization_kwargs(model))
+    except ValueError:  # torchao's layers outside transformers do not say how to quantize them again
+        return None
+
+
+def merge_edit(layer: ReftLayer, adapter_name: str, safe: bool) -> MergedEdit:
+    """Fold the edit of an adapter into the weight and the bias of the linear layer below.
+
+    Args:
+        layer (`ReftLayer`): The layer, of which `obstacle` says that it can be merged.
+        adapter_name (`str`): The adapter.
+        safe (`bool`): Whether to look for NaN and infinities first.
+
+    Raises:
+        ValueError: when it is to be safe and finds some. The layer is as it was then.
+    """
+    R_GRD, W_GRD, b_GR = layer.weights(adapter_name)
+    M_GRD, c_GR = affine_source(INTERVENTIONS[layer.reft_config[adapter_name].intervention], R_GRD, W_GRD, b_GR)
+    A_DI, bias = _weight(layer), getattr(layer.base_layer, "bias", None)
+    R_RD = R_GRD[0].detach().clone()
+    none_R = R_RD.new_zeros(R_RD.shape[0])
+    added_RI = R_RD.new_zeros(R_RD.shape[0], A_DI.shape[1]) if M_GRD is None else M_GRD[0] @ A_DI.to(R_RD.dtype)
+    added_R = none_R if c_GR is None else c_GR[0]
+    if M_GRD is not None and bias is not None:
+        added_R = added_R + M_GRD[0] @ bias.to(R_RD.dtype)
+    edit = MergedEdit(R_RD, added_RI.detach(), added_R.detach(), made_bias=bias is None and bool(added_R.any()))
+    _add(layer, A_DI, edit, 1.0, safe)
+    return edit
+
+
+def unmerge_edit(layer: ReftLayer, edit: MergedEdit) -> None:
+    """Take what `merge_edit` has added away again."""
+    _add(layer, _weight(layer), edit, -1.0, safe=False)
+
+
+@torch.no_grad()
+def _add(layer: ReftLayer, A_DI: Tensor, edit: MergedEdit, sign: float, safe: bool) -> None:
+    """Add an edit to the weight and the bias of the base layer, or with sign −1 take it away."""
+    bias: Any = getattr(layer.base_layer, "bias", None)
+    R_DR = edit.R_RD.to(A_DI.device).mT
+    weight_DI = (A_DI.to(R_DR.dtype) + sign * (R_DR @ edit.added_RI.to(A_DI.device))).to(A_DI.dtype)
+    bias_D = sign * (R_DR @ edit.added_R.to(A_DI.device))
+    if safe and not (weight_DI.isfinite().all() and bias_D.isfinite().all()):
+        raise ValueError(
+            f"Merging into {layer.name!r} would give NaN or infinity. The adapter seems to be broken. The layer is as it was."
+        )
+    if bias is not None:
+        bias_D = (bias.to(R_DR.dtype) + bias_D).to(bias.dtype)
+    _set_weight(layer, weight_DI)
+    base = layer.base_layer  # some kinds of quantized layer are replaced as a whole
+    if edit.made_bias:
+        base.bias = nn.Parameter(bias_D.to(A_DI.dtype), requires_grad=False) if sign > 0 else None  # type: ignore[assignment]
+    elif isinstance(bias, nn.Parameter):
+        bias.data = bias_D
+        base.bias = bias
+    elif bias is not None:
+        base.bias = bias_D
+
+
+def _weight(layer: ReftLayer) -> Tensor:
+    """The weight of the linear layer below, [D, I], unpacked if it is quantized."""
+    weight = layer.get_base_weight()
+    return weight.mT if isinstance(layer.base_layer, Conv1D) else weight
+
+
+def _set_weight(layer: ReftLayer, weight_DI: Tensor) -> None:
+    layer.set_base_weight(weight_DI.mT.contiguous() if isinstance(layer.base_layer, Conv1D) else weight_DI)
