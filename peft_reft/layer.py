@@ -82,7 +82,6 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         # Which state of each basis is known to have orthonormal rows.
         self._clean: dict[str, tuple[int, int, torch.dtype]] = {}
         self.register_state_dict_pre_hook(_retract_before_saving)
-        self.register_load_state_dict_post_hook(_trust_after_loading)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -93,14 +92,13 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             return getattr(self.base_layer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        stale = {name for name, _ in self.stale_bases()}
-        return {**self.__dict__, "_clean": {name: None for name in self.reft_R if name not in stale}}
+        """A copy or an unpickled layer has parameters of its own, of which nothing is known yet."""
+        return {**self.__dict__, "_clean": {}}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy or an unpickled layer has new parameters, as clean as those they were made from."""
-        super().__setstate__(state)
-        for name in state["_clean"]:
-            self._mark_clean(name)
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Casts and moves of the model, which change the parameters' data past their version counters."""
+        self._clean.clear()
+        return super()._apply(fn, recurse)
 
     # -- adapters ----------------------------------------------------------------------------------------------------
 
@@ -350,10 +348,3 @@ def _retract_before_saving(layer: nn.Module, *_: Any) -> None:
     """State dict hook: what is saved as reft_R has orthonormal rows, also right after an optimizer step."""
     assert isinstance(layer, ReftLayer)
     retract_stale([layer])
-
-
-def _trust_after_loading(layer: nn.Module, _: Any) -> None:
-    """Load hook: a saved basis is orthonormal, and is used as it was saved, to the bit."""
-    assert isinstance(layer, ReftLayer)
-    for name in layer.reft_R:
-        layer._mark_clean(name)
