@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
 from . import rotation
@@ -79,8 +80,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self._all_tokens: dict[str, bool] = {}  # of the spec, which a forward, maybe a compiled one, should not parse
         self.merged_adapters = []  # the class has a list that all layers would share
         self._merged: list[MergedEdit] = []
-        # Which state of each basis is known to have orthonormal rows.
-        self._clean: dict[str, tuple[int, int, torch.dtype]] = {}
+        self._clean: dict[str, tuple] = {}  # which state of each basis is known to have orthonormal rows
         self.register_state_dict_pre_hook(_retract_before_saving)
 
     def __getattr__(self, name: str) -> Any:
@@ -330,9 +330,23 @@ def _full_precision(device_type: str) -> AbstractContextManager:
     return nullcontext()
 
 
-def _state(basis: nn.Parameter) -> tuple[int, int, torch.dtype]:
-    """Changes whenever the parameter is replaced, written to or, by way of its `data`, cast."""
-    return id(basis), 0 if basis.is_inference() else basis._version, basis.dtype
+# Steps of all optimizers of the process. Fused ones, transformers' default among them, and those that write to `data` leave
+# a parameter's version as it was.
+_optimizer_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+def _state(basis: nn.Parameter) -> tuple:
+    """Changes whenever the parameter is replaced, trained, written to or, by way of its `data`, cast."""
+    steps = _optimizer_steps if basis.requires_grad else None
+    return id(basis), 0 if basis.is_inference() else basis._version, basis.dtype, steps
 
 
 def retract_stale(layers: Iterable[ReftLayer]) -> None:

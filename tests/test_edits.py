@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from models import DECODERS, build, prompts, randomize, weight
@@ -182,18 +184,35 @@ def test_retracting_twice_is_retracting_once(r, width, dtype):
     assert torch.equal(basis, once)
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+class ByData(torch.optim.Optimizer):
+    """Writes past the version counter of its parameters, as bitsandbytes' optimizers do."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.add_(parameter.grad, alpha=-group["lr"])
+
+
+# transformers trains with the fused AdamW where it is told nothing.
+OPTIMIZERS = [torch.optim.AdamW, torch.optim.SGD, partial(torch.optim.AdamW, fused=True), ByData]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_rows_stay_orthonormal_through_training_and_saving(optimizer, tmp_path):
     base = build("llama")
     model = get_peft_model(base, ReftConfig(r=4, positions="f2+l2", task_type="CAUSAL_LM")).train()
     steps = optimizer((p for p in model.parameters() if p.requires_grad), lr=0.5)
     batch = prompts(8, 6)
     labels = batch["input_ids"].masked_fill(torch.arange(8) < 4, -100)
+    R = weight(base.model.layers[1], "R")
     for _ in range(20):
         model(**batch, labels=labels).loss.backward()
+        torch.testing.assert_close(R @ R.mT, torch.eye(4).expand(2, 4, 4), rtol=0, atol=1e-5)
         steps.step()
         steps.zero_grad()
-    R = weight(base.model.layers[1], "R")
     off = (R @ R.mT - torch.eye(4)).abs().max()
     assert off > 1e-4  # the last step left the manifold, or this test tests nothing
     saved = {key: value for key, value in model.state_dict().items() if ".reft_R." in key}
