@@ -45,6 +45,8 @@ class ReftConfig(PeftConfig):
         layers_to_transform (`int` or `list[int]`, *optional*): Indices of the layers to edit, from 0. None edits all.
         layers_pattern (`str` or `list[str]`, *optional*): Name of the list that those indices count in, where a model
             has several.
+        rank_pattern (`dict[str, int]`): Ranks that differ from `r`, by the names or regexes of modules, as in LoraConfig:
+            `{"layers.0": 16, "layers.2[0-9]": 4}`. The first that matches the end of a module's name decides.
         modules_to_save (`list[str]`, *optional*): Modules to train and save whole, a classifier head for example.
         response_template (`str` or `list[int]`, *optional*): What answers begin after: the end of every prompt as the model
             sees it, `"<|im_start|>assistant\\n"` or `"### Response:"` for example, or its token ids. The prompts are then
@@ -85,6 +87,9 @@ class ReftConfig(PeftConfig):
     layers_pattern: Optional[Union[list[str], str]] = field(
         default=None, metadata={"help": "Name of the list of layers that layers_to_transform counts in."}
     )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Ranks other than r, by names or regexes of modules."}
+    )
     modules_to_save: Optional[list[str]] = field(
         default=None, metadata={"help": "Modules to train and save whole besides the edits."}
     )
@@ -122,10 +127,29 @@ class ReftConfig(PeftConfig):
             )
         if self.init_weights not in (True, False, "pyreft"):
             _reject("init_weights", self.init_weights, "True, False or 'pyreft'", "init_weights=True")
+        self._check_ranks()
         self._check_intervention()
         self._check_prompts()
         self._check_subspaces()
         self._check_modules()
+
+    def _check_ranks(self) -> None:
+        ranks = self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern
+        fine = isinstance(ranks, dict) and all(isinstance(name, str) and name for name in ranks)
+        if not fine or any(not _is_int(rank) or rank < 1 for rank in ranks.values()):
+            _reject(
+                "rank_pattern",
+                ranks,
+                "names or regexes of modules with ranks of at least 1",
+                "rank_pattern={'layers.0': 16}",
+            )
+        if ranks and self.subspaces is not None:
+            _reject(
+                "rank_pattern",
+                ranks,
+                "empty with subspaces, whose sizes add up to r in every module",
+                "rank_pattern={}",
+            )
 
     def _check_intervention(self) -> None:
         intervention = INTERVENTIONS[self.intervention]

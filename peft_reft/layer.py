@@ -102,16 +102,17 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     # -- adapters ----------------------------------------------------------------------------------------------------
 
-    def update_layer(self, adapter_name: str, config: ReftConfig, width: int) -> None:
+    def update_layer(self, adapter_name: str, config: ReftConfig, rank: int, width: int) -> None:
         """Add the weights of an adapter.
 
         Args:
             adapter_name (`str`): Its name.
             config (`ReftConfig`): Its configuration.
+            rank (`int`): r of this module.
             width (`int`): D.
         """
         intervention = INTERVENTIONS[config.intervention]
-        shape = (config.groups, config.r, width)
+        shape = (config.groups, rank, width)
         self.reft_config[adapter_name] = config
         self._act[adapter_name] = activation(config.act_fn)
         self._all_tokens[adapter_name] = config.spec.all_tokens

@@ -97,12 +97,12 @@ class ReftModel(BaseTuner):
     ) -> None:
         found = self._targets[current_key]
         if isinstance(target, ReftLayer):
-            target.update_layer(adapter_name, peft_config, found.width)
+            target.update_layer(adapter_name, peft_config, found.rank, found.width)
             return
         in_encoder = target in self._encoder_modules
         layer = ReftLayer(target, self._context, current_key, found.is_block, in_encoder)
         layer.quantization_backend = quantization_backend(target, self.model)
-        layer.update_layer(adapter_name, peft_config, found.width)
+        layer.update_layer(adapter_name, peft_config, found.rank, found.width)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trainable until it is set
         self._replace_module(parent, target_name, layer, target)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from .config import ReftConfig
@@ -24,11 +25,13 @@ class Target:
     Args:
         name (`str`): Its name in the model.
         width (`int`): Size of the last dimension of its output.
+        rank (`int`): Rank of its edit.
         is_block (`bool`): Whether it is a block of the main stack, whose output is the hidden state of a layer.
     """
 
     name: str
     width: int
+    rank: int
     is_block: bool
 
 
@@ -56,7 +59,10 @@ def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, Target]:
     targets = {}
     for name in names:
         is_block = name.rpartition(".")[0] in stacks
-        targets[name] = Target(name, _width(model, name, is_block), is_block)
+        pattern = get_pattern_key(list(config.rank_pattern), name)
+        rank = config.rank_pattern.get(pattern, config.r)
+        targets[name] = Target(name, _width(model, name, is_block), rank, is_block)
+    _check_ranks(config, targets)
     _check_width(config, targets)
     return targets
 
@@ -218,6 +224,16 @@ def _width(model: nn.Module, name: str, is_block: bool) -> int:
     return hidden_size  # attention, feed-forward and other parts of a block return to the width of the stream
 
 
+def _check_ranks(config: ReftConfig, targets: dict[str, Target]) -> None:
+    used = {get_pattern_key(list(config.rank_pattern), name) for name in targets}
+    for pattern, rank in config.rank_pattern.items():
+        if pattern not in used:
+            raise ValueError(
+                f"rank_pattern={{{pattern!r}: {rank}}} decides for none of the modules to edit, of which the first is "
+                f"{next(iter(targets))!r}. Write the end of a module's name, as in {{'layers.0': 16}}, or a regex for it."
+            )
+
+
 def _check_width(config: ReftConfig, targets: dict[str, Target]) -> None:
     for target in targets.values():
         if config.asked_width not in (None, target.width):
@@ -226,8 +242,8 @@ def _check_width(config: ReftConfig, targets: dict[str, Target]) -> None:
                 f"this base model has width {target.width}. Load it on the base model that it was trained on"
                 + (f" ({config.base_model_name_or_path})." if config.base_model_name_or_path else ".")
             )
-        if config.r > target.width:
+        if target.rank > target.width:
             raise ValueError(
-                f"r={config.r} is above the width {target.width} of {target.name!r}: a rank is at most the width of the "
+                f"r={target.rank} is above the width {target.width} of {target.name!r}: a rank is at most the width of the "
                 f"edited module. Choose r <= {target.width}; 4 to 32 is usual."
             )

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 from models import build, prompts, randomize, weight
 from peft import (
@@ -214,6 +215,24 @@ def test_injection_without_a_peft_model():
     assert torch.equal(logits(base), plain)
     randomize(base)
     assert torch.equal(logits(base), logits(adapted()))
+
+
+def test_rank_pattern(tmp_path):
+    model = adapted(rank_pattern={"layers.0": 2, "layers.[12]": 6})
+    ranks = [weight(layer, "R").shape[1] for layer in model.base_model.model.model.layers]
+    assert ranks == [2, 6, 6]
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(build("llama"), tmp_path)), expected)
+    with pytest.raises(ValueError, match=r"rank_pattern=\{'layers\.7': 3\} decides for none of the modules to edit"):
+        adapted(rank_pattern={"layers.7": 3})
+    with pytest.raises(ValueError, match="r=33 is above the width 32 of 'model.layers.1'"):
+        adapted(rank_pattern={"layers.1": 33})
+    for wrong in ({"layers.0": 0}, {"layers.0": "many"}, ["layers.0"]):
+        with pytest.raises(ValueError, match="rank_pattern=.*is not allowed"):
+            ReftConfig(rank_pattern=wrong)
+    with pytest.raises(ValueError, match="empty with subspaces"):
+        ReftConfig(r=4, rank_pattern={"layers.0": 2}, subspaces={"a": 4})
 
 
 def test_statuses():
