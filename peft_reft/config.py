@@ -211,6 +211,7 @@ class ReftConfig(PeftConfig):
             )
 
     def _check_modules(self) -> None:
+        self.layers_pattern = self.layers_pattern or None  # LoraConfig's may be "" or [] for none
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, (set, tuple)):

@@ -240,10 +240,11 @@ class ForwardContext:
 
     def _active(self) -> dict[str, ReftConfig]:
         """The adapters that are switched on, or that the examples of a mixed batch use, by name."""
-        layer = next((layer for layer in self.layers if not layer.disable_adapters), None)
-        if layer is None:
+        enabled = [layer for layer in self.layers if not layer.disable_adapters]
+        if not enabled:
             return {}
-        names = layer.active_adapters if self.mixed is None else self.mixed.adapters
+        active = (name for layer in enabled for name in layer.active_adapters)  # single layers may have others
+        names = dict.fromkeys(active) if self.mixed is None else self.mixed.adapters
         return {name: self._configs[name] for name in names if name in self._configs}
 
     def _in_use(self, in_encoder: bool) -> dict[str, ReftConfig]:

@@ -57,6 +57,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("reft_R", "reft_W", "reft_b")
     other_param_names = ("reft_config", "reft_dropout")
+    cast_input_dtype_enabled = (
+        True  # PEFT's helper switches it; an edit is always computed in the dtype of its weights
+    )
 
     def __init__(
         self, base_layer: nn.Module, context: SelectionSource, name: str, is_block: bool, in_encoder: bool = False

@@ -11,6 +11,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import nn
 from transformers import AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from .batch import Rules
 from .config import ReftConfig
@@ -18,7 +19,7 @@ from .context import ForwardContext
 from .layer import ReftLayer
 from .merging import quantization_backend, refuse_shared_weights, warn_of_new_biases
 from .mixed import mixed_modules_to_save
-from .targets import Target, encoder_of, find_targets, not_a_target
+from .targets import Target, encoder_of, find_targets, not_a_target, target_of
 
 
 # TRL's preference trainers, given a PeftModel, add an adapter "ref" and copy weights to it by names with ".default." in them.
@@ -64,6 +65,11 @@ class ReftModel(BaseTuner):
     # -- injection ---------------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if not adapter_name or "." in adapter_name:
+            raise ValueError(
+                f"adapter_name={adapter_name!r} is not possible: PEFT makes it a part of the names of parameters, where a dot "
+                "separates modules. Choose a name without dots."
+            )
         if adapter_name == "ref" and "default" in self.peft_config:
             warnings.warn(TRL_REFERENCE)
         self._context = ForwardContext.of(model)
@@ -75,12 +81,26 @@ class ReftModel(BaseTuner):
 
     def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Find what to edit, and refuse what can't be done, before anything is changed."""
-        _maybe_include_all_linear_layers(peft_config, model)
+        self._include_all_linear_layers(peft_config, model)
         self._targets: dict[str, Target] = find_targets(model, peft_config)
         peft_config.note_width({target.width for target in self._targets.values()})
         self._rules = _rules(model, peft_config)
         encoder = encoder_of(model)
         self._encoder_modules = set() if encoder is None else set(encoder.modules())
+
+    def _include_all_linear_layers(self, peft_config: ReftConfig, model: nn.Module) -> None:
+        """Resolve "all-linear". PEFT knows a linear layer that another adapter edits already by the wrapper's name alone."""
+        asked = peft_config.target_modules
+        _maybe_include_all_linear_layers(peft_config, model)
+        if isinstance(asked, str) and isinstance(found := peft_config.target_modules, set):
+            output = getattr(model, "get_output_embeddings", lambda: None)()
+            wrapped = {
+                name
+                for name, module in model.named_modules()
+                if isinstance(module, ReftLayer) and module is not output
+            }
+            linear = (nn.Linear, Conv1D)
+            found |= {name for name in wrapped if isinstance(model.get_submodule(name).get_base_layer(), linear)}
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> Any:  # type: ignore[override]
         return key in self._targets or not_a_target(key, peft_config)
@@ -95,7 +115,8 @@ class ReftModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        found = self._targets[current_key]
+        # A key of a state dict that is injected by may be none that the config names.
+        found = self._targets.get(current_key) or target_of(self.model, peft_config, current_key)
         if isinstance(target, ReftLayer):
             target.update_layer(adapter_name, peft_config, found.rank, found.width)
             return

@@ -18,6 +18,12 @@ from torch import nn
 from .config import ReftConfig
 
 
+try:
+    from peft.utils.error import NoMatchingPeftModuleError as NoMatchingModule
+except ImportError:  # peft 0.20, where it is a ValueError as such
+    NoMatchingModule = ValueError  # type: ignore[misc, assignment]
+
+
 @dataclass(frozen=True)
 class Target:
     """A module to edit.
@@ -49,22 +55,29 @@ def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, Target]:
     if config.layers_to_transform is not None:
         names = _in_layers(names, config)
     if not names:
-        raise ValueError(
-            f"target_modules={config.target_modules!r} with exclude_modules={config.exclude_modules!r} matches no module "
-            f"of {type(model).__name__}. Name modules that `model.named_modules()` lists, or leave target_modules out to "
-            "edit the blocks of the main stack."
+        raise NoMatchingModule(
+            f"Target modules {config.target_modules} not found in the base model: with "
+            f"exclude_modules={config.exclude_modules!r} they match no module of {type(model).__name__}. Name modules that "
+            "`model.named_modules()` lists, or leave target_modules out to edit the blocks of the main stack."
         )
     _refuse_nesting(model, names)
-    stacks = _stacks(model)
-    targets = {}
-    for name in names:
-        is_block = name.rpartition(".")[0] in stacks
-        pattern = get_pattern_key(list(config.rank_pattern), name)
-        rank = config.rank_pattern.get(pattern, config.r)
-        targets[name] = Target(name, _width(model, name, is_block), rank, is_block)
-    _check_ranks(config, targets)
-    _check_width(config, targets)
+    targets = {name: target_of(model, config, name) for name in names}
+    _refuse_idle_ranks(config, targets)
     return targets
+
+
+def target_of(model: nn.Module, config: ReftConfig, name: str) -> Target:
+    """A module as a target.
+
+    Raises:
+        ValueError: when its width can't be told, is below its rank, or is not the one that the adapter was saved for.
+    """
+    stack, _, index = name.rpartition(".")
+    is_block = index.isdigit() and stack in _stacks(model)
+    rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+    target = Target(name, _width(model, name, is_block), rank, is_block)
+    _check_width(config, target)
+    return target
 
 
 def main_stack(model: nn.Module) -> list[str]:
@@ -224,7 +237,7 @@ def _width(model: nn.Module, name: str, is_block: bool) -> int:
     return hidden_size  # attention, feed-forward and other parts of a block return to the width of the stream
 
 
-def _check_ranks(config: ReftConfig, targets: dict[str, Target]) -> None:
+def _refuse_idle_ranks(config: ReftConfig, targets: dict[str, Target]) -> None:
     used = {get_pattern_key(list(config.rank_pattern), name) for name in targets}
     for pattern, rank in config.rank_pattern.items():
         if pattern not in used:
@@ -234,16 +247,16 @@ def _check_ranks(config: ReftConfig, targets: dict[str, Target]) -> None:
             )
 
 
-def _check_width(config: ReftConfig, targets: dict[str, Target]) -> None:
-    for target in targets.values():
-        if config.asked_width not in (None, target.width):
-            raise ValueError(
-                f"width={config.asked_width}: this adapter was made for modules of width {config.width}, but {target.name!r} of "
-                f"this base model has width {target.width}. Load it on the base model that it was trained on"
-                + (f" ({config.base_model_name_or_path})." if config.base_model_name_or_path else ".")
-            )
-        if target.rank > target.width:
-            raise ValueError(
-                f"r={target.rank} is above the width {target.width} of {target.name!r}: a rank is at most the width of the "
-                f"edited module. Choose r <= {target.width}; 4 to 32 is usual."
-            )
+def _check_width(config: ReftConfig, target: Target) -> None:
+    if config.asked_width not in (None, target.width):
+        raise ValueError(
+            f"width={config.asked_width}: this adapter was made for modules of width {config.width}, but {target.name!r} of "
+            f"this base model has width {target.width}. Load it on the base model that it was trained on"
+            + (f" ({config.base_model_name_or_path})." if config.base_model_name_or_path else ".")
+        )
+    if target.rank > target.width:
+        raise ValueError(
+            f"r={target.rank} is above the width {target.width} of {target.name!r}: a rank is at most the width of the "
+            f"edited module. Choose r <= {target.width} (4 to 32 is usual), or a lower rank for this module alone by "
+            "rank_pattern."
+        )

@@ -75,8 +75,11 @@ def test_turns_that_generate_can_not_see():
         ({"r": 33}, r"r=33 is above the width 32 of 'model.layers.0'.*r <= 32"),
         ({"r": 20, "target_modules": ["k_proj"]}, r"r=20 is above the width 16 of 'model.layers.0.self_attn.k_proj'"),
         ({"layers_to_transform": [1, 3, 7]}, r"don't exist: \[3, 7\].*layers 0 to 2"),
-        ({"target_modules": ["nothing"]}, r"target_modules=\['nothing'\].*matches no module of LlamaForCausalLM"),
-        ({"exclude_modules": ".*"}, r"exclude_modules='\.\*'.*matches no module"),
+        (
+            {"target_modules": ["nothing"]},
+            r"Target modules \['nothing'\] not found in the base model.*no module of LlamaForCausalLM",
+        ),
+        ({"exclude_modules": ".*"}, r"exclude_modules='\.\*' they match no module"),
         (
             {"target_modules": ["mlp", "down_proj"]},
             r"'model.layers.0.mlp.down_proj', which lies inside 'model.layers.0.mlp'",

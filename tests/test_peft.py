@@ -15,11 +15,13 @@ from peft import (
     PeftConfig,
     PeftModel,
     get_peft_model,
+    get_peft_model_state_dict,
     inject_adapter_in_model,
+    set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
 
-from peft_reft import ReftConfig, ReftModel
+from peft_reft import ReftConfig, ReftLayer, ReftModel
 from peft_reft.registration import register
 
 
@@ -233,6 +235,59 @@ def test_rank_pattern(tmp_path):
             ReftConfig(rank_pattern=wrong)
     with pytest.raises(ValueError, match="empty with subspaces"):
         ReftConfig(r=4, rank_pattern={"layers.0": 2}, subspaces={"a": 4})
+
+
+@pytest.mark.parametrize("name", ["a.b", ""])
+def test_names_that_parameters_cannot_have_are_refused_before_anything_is_made(name):
+    model = adapted()
+    expected = logits(model)
+    with pytest.raises(ValueError, match=r"adapter_name='.*' is not possible"):
+        model.add_adapter(name, ReftConfig(r=4))
+    assert torch.equal(logits(model), expected) and list(model.peft_config) == ["default"]
+
+
+def test_names_with_slashes(tmp_path):
+    model = get_peft_model(build("llama"), ReftConfig(r=4, positions="f2+l2"), adapter_name="team/style-2")
+    randomize(model)
+    expected = logits(model.eval())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path / "team/style-2", adapter_name="team/other")
+    assert torch.equal(logits(loaded), expected)
+
+
+def test_all_linear_for_a_second_adapter():
+    model = adapted(target_modules="all-linear", positions="all")
+    model.add_adapter("other", ReftConfig(r=2, positions="all", target_modules="all-linear"))
+    layers = [module for module in model.modules() if isinstance(module, ReftLayer)]
+    assert len(layers) == 3 * 7 and all(set(layer.reft_R) == {"default", "other"} for layer in layers)
+
+
+def test_single_layers_may_have_other_active_adapters():
+    model = adapted()
+    model.add_adapter("other", ReftConfig(r=4, positions="l3"))
+    randomize(model, seed=5)
+    layers = list(model.base_model.model.model.layers)
+    layers[1].set_adapter(["other"])
+    layers[2].enable_adapters(False)
+    mixed = logits(model)
+    lone = get_peft_model(build("llama"), ReftConfig(r=4, positions="f2+l2", layers_to_transform=[0]))
+    lone.add_adapter("other", ReftConfig(r=4, positions="l3", layers_to_transform=[1]))
+    for letter in "RWb":
+        for index, name in ((0, "default"), (1, "other")):
+            source, copied = weight(layers[index], letter, name), lone.base_model.model.model.layers[index]
+            weight(copied, letter, name).data.copy_(source)
+    lone.base_model.set_adapter(["default", "other"])
+    assert torch.equal(logits(lone.eval()), mixed)
+
+
+def test_injection_by_a_state_dict_that_names_more_layers():
+    saved = get_peft_model_state_dict(adapted())
+    state = {key.removeprefix("base_model.model."): tensor for key, tensor in saved.items()}
+    config = ReftConfig(r=4, positions="f2+l2", layers_to_transform=[0], task_type="CAUSAL_LM")
+    with pytest.warns(RuntimeWarning, match="additional target modules"):
+        base = inject_adapter_in_model(config, build("llama"), state_dict=state)
+    set_peft_model_state_dict(base, state)
+    assert torch.equal(logits(base), logits(adapted()))
 
 
 def test_statuses():
