@@ -9,7 +9,7 @@ Dimensions: B rows of the batch, S tokens, T = B * S, G groups of weights, N tok
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
-from . import rotation
+from . import nested, rotation
 from .config import ReftConfig
 from .interventions import INTERVENTIONS, activation, edit_coefficients, initialize
 from .merging import PLAIN_DTYPES, MergedEdit, merge_edit, obstacle, unmerge_edit
@@ -85,6 +85,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self._merged: list[MergedEdit] = []
         self._clean: dict[str, tuple] = {}  # which state of each basis is known to have orthonormal rows
         self.register_state_dict_pre_hook(_retract_before_saving)
+        self.register_state_dict_post_hook(nested.rename_saved)
+        self.register_load_state_dict_pre_hook(nested.rename_loaded)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -93,6 +95,19 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             if name == "base_layer":  # not there yet while the module is being built or unpickled
                 raise
             return getattr(self.base_layer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Replacing a part of the wrapped module by its name without the wrapper replaces that part."""
+        base_layer = self.__dict__.get("_modules", {}).get("base_layer")
+        if base_layer is not None and name in base_layer._modules and name not in self._modules:
+            setattr(base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        return nested.without_wrapper(super().named_modules(memo, prefix, remove_duplicate), self, prefix)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or an unpickled layer has parameters of its own, of which nothing is known yet."""

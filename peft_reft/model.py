@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -19,6 +19,7 @@ from .context import ForwardContext
 from .layer import ReftLayer
 from .merging import quantization_backend, refuse_shared_weights, warn_of_new_biases
 from .mixed import mixed_modules_to_save
+from .registration import NAME
 from .targets import Target, encoder_of, find_targets, not_a_target, target_of
 
 
@@ -58,6 +59,19 @@ class ReftModel(BaseTuner):
     tuner_layer_cls = ReftLayer
     target_module_mapping: dict[str, list[str]] = {}  # blocks are found by structure
 
+    def __init__(self, model: Any, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if isinstance(model, PeftModel):  # LoRA, for example, to be trained with ReFT: both then stand side by side
+            model = model.get_base_model()
+        other = getattr(model, "peft_config", {}).get(adapter_name)
+        if isinstance(other, PeftConfig) and other.peft_type != NAME:
+            raise ValueError(
+                f"adapter_name={adapter_name!r} is that of a {other.peft_type} adapter on the model. Give each a name of its "
+                "own, such as adapter_name='lora' and adapter_name='reft'."
+            )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # Through __call__, for its hooks: PEFT 0.20 calls `self.model.forward`.
         return self.model(*args, **kwargs)
@@ -87,6 +101,14 @@ class ReftModel(BaseTuner):
         self._rules = _rules(model, peft_config)
         encoder = encoder_of(model)
         self._encoder_modules = set() if encoder is None else set(encoder.modules())
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """Freeze the base model, and leave adapters of other methods as they are."""
+        layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, ReftLayer)]
+        trained = [parameter for layer in layers for parameter in layer.parameters() if parameter.requires_grad]
+        super()._mark_only_adapters_as_trainable(model)
+        for parameter in trained:
+            parameter.requires_grad = True
 
     def _include_all_linear_layers(self, peft_config: ReftConfig, model: nn.Module) -> None:
         """Resolve "all-linear". PEFT knows a linear layer that another adapter edits already by the wrapper's name alone."""
