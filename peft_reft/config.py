@@ -48,6 +48,9 @@ class ReftConfig(PeftConfig):
         rank_pattern (`dict[str, int]`): Ranks that differ from `r`, by the names or regexes of modules, as in LoraConfig:
             `{"layers.0": 16, "layers.2[0-9]": 4}`. The first that matches the end of a module's name decides.
         modules_to_save (`list[str]`, *optional*): Modules to train and save whole, a classifier head for example.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*): Tokens whose rows of the input embedding
+            are trained and saved too, new ones for example, as in LoraConfig; or such tokens by the name of an embedding.
+            An output layer that is tied to the embedding follows it.
         response_template (`str` or `list[int]`, *optional*): What answers begin after: the end of every prompt as the model
             sees it, `"<|im_start|>assistant\\n"` or `"### Response:"` for example, or its token ids. The prompts are then
             known without labels: in preference training, in multi-turn conversations, everywhere alike. Text is found
@@ -92,6 +95,9 @@ class ReftConfig(PeftConfig):
     )
     modules_to_save: Optional[list[str]] = field(
         default=None, metadata={"help": "Modules to train and save whole besides the edits."}
+    )
+    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(
+        default=None, metadata={"help": "Tokens whose embeddings are trained and saved besides the edits."}
     )
     response_template: Optional[Union[str, list[int]]] = field(
         default=None, metadata={"help": "Text or token ids that answers begin after."}
@@ -221,6 +227,15 @@ class ReftConfig(PeftConfig):
                 allowed = allowed or isinstance(value, str)
             if not allowed or (value is not None and len(value) == 0):
                 _reject(name, value, "None, or names of modules", f"{name}=['mlp']")
+        tokens = self.trainable_token_indices
+        lists = list(tokens.values()) if isinstance(tokens, dict) else [] if tokens is None else [tokens]
+        if any(not isinstance(ids, list) or not ids or any(not _is_int(i) or i < 0 for i in ids) for ids in lists):
+            _reject(
+                "trainable_token_indices",
+                tokens,
+                "None, a list of token ids, or such lists by the names of embeddings",
+                "trainable_token_indices={'embed_tokens': [49152, 49153]}",
+            )
         layers = self.layers_to_transform
         if layers is None:
             if self.layers_pattern is not None:
