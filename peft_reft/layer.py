@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -43,8 +44,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     float32 unless told otherwise: `reft_R` [G, r, D], `reft_W` [G, r, D] and `reft_b` [G, r], where G is 1 or, for
     first and last tokens with weights of their own, 2. The edit is computed in their dtype and goes back in the base's.
 
-    Attributes that the wrapped module has and this one lacks are the wrapped module's, so that a model that reads an
-    attribute of its blocks still finds it.
+    Public attributes that the wrapped module has and this one lacks are the wrapped module's, so that a model that reads
+    an attribute of its blocks still finds it. Private ones are not: tools note there what they did to a module, accelerate
+    its hooks among them.
 
     Args:
         base_layer (`torch.nn.Module`): The module to wrap. Its output is a tensor [B, S, D] (any leading dimensions
@@ -92,7 +94,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":  # not there yet while the module is being built or unpickled
+            if name == "base_layer" or name.startswith(
+                "_"
+            ):  # base_layer: while the module is being built or unpickled
                 raise
             return getattr(self.base_layer, name)
 
@@ -157,16 +161,25 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Follow the wrapped module to its device, but not to its dtype: the weights stay float32."""
-        if device is None:
-            device = next((p.device for p in self.base_layer.parameters() if p.device.type != "meta"), None)
-        if device is not None:
-            self._convert(adapter_name, device=device)
+        place = _computes_on(self.base_layer) if device is None else device
+        if place is not None:
+            self._convert(adapter_name, device=place)
 
     def _convert(self, adapter_name: str, **to: Any) -> None:
         for weights in (self.reft_R, self.reft_W, self.reft_b):
             if adapter_name in weights and not weights[adapter_name].is_meta:
                 weights[adapter_name] = weights[adapter_name].to(**to)
         self._mark_clean(adapter_name)
+
+    def keep_weights(self) -> None:
+        """Take back weights that accelerate has offloaded along with the model. Its hooks load the parameters of a module
+        when the module is called, and the dicts that hold these never are. They are small, and stay on the device."""
+        offloaded = [weights for weights in (self.reft_R, self.reft_W, self.reft_b) if "_hf_hook" in vars(weights)]
+        for weights in offloaded:
+            remove_hook_from_module(weights)
+        if offloaded:
+            for adapter_name in self.reft_R:
+                self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def cast_adapter_as_base(self, adapter_name: str) -> None:
         """Give the weights of an adapter the dtype in which the wrapped module keeps its own, if it is one to compute in."""
@@ -332,6 +345,17 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         return delta_GND.to(h_GND.dtype)
 
 
+def _computes_on(module: nn.Module) -> torch.device | str | int | None:
+    """The device of a module's forward. The weights of an offloaded module lie on the meta device between two forwards,
+    and accelerate's hooks know where they are taken."""
+    for parameter in module.parameters():
+        if not parameter.is_meta:
+            return parameter.device
+    hooks = (vars(part).get("_hf_hook") for part in module.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((device for device in devices if device is not None), None)
+
+
 def _may_be_written(h: Tensor) -> bool:
     """Whether autograd lets a tensor be changed in place: leaves that need a gradient, and views that a custom function
     returns (reentrant checkpointing, module backward hooks), it does not."""
@@ -370,6 +394,9 @@ def _state(basis: nn.Parameter) -> tuple:
 
 def retract_stale(layers: Iterable[ReftLayer]) -> None:
     """Make every basis that has changed orthonormal again, those of all the layers at once."""
+    layers = list(layers)
+    for layer in layers:
+        layer.keep_weights()
     stale = [(layer, name, basis) for layer in layers for name, basis in layer.stale_bases()]
     if stale:
         rotation.retract(basis for _, _, basis in stale)

@@ -95,6 +95,7 @@ class ReftModel(BaseTuner):
 
     def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Find what to edit, and refuse what can't be done, before anything is changed."""
+        _refuse_unhooked(model)
         self._include_all_linear_layers(peft_config, model)
         self._targets: dict[str, Target] = find_targets(model, peft_config)
         peft_config.note_width({target.width for target in self._targets.values()})
@@ -223,6 +224,22 @@ class ReftModel(BaseTuner):
         # PEFT takes the next adapter from the first layer, where there may be none: adapters edit different layers.
         if not self.active_adapters and self.peft_config:
             self.set_adapter(next(iter(self.peft_config)))
+
+
+def _refuse_unhooked(model: nn.Module) -> None:
+    """Say what to do instead of `PeftModel.from_pretrained` for a model on disk. It takes off the hooks that load the weights,
+    and makes them anew by names that only single layers of LoRA's kind have (PEFT 0.21, `_update_offload`).
+
+    Raises:
+        NotImplementedError: when a model on disk has lost its hooks.
+    """
+    places = getattr(model, "hf_device_map", None) or {}
+    if "disk" in places.values() and not any("_hf_hook" in vars(module) for module in model.modules()):
+        raise NotImplementedError(
+            "PeftModel.from_pretrained can't load a ReFT adapter on a base model that device_map puts on disk, and has taken the "
+            "base's hooks off. Load the base anew, and add the adapter to it as it is: model = get_peft_model(base, "
+            "PeftConfig.from_pretrained(path)), then set_peft_model_state_dict(model, load_peft_weights(path))."
+        )
 
 
 def _rules(model: Any, config: ReftConfig) -> Rules:
