@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import warnings
-from dataclasses import dataclass, field
-from typing import Any, Literal, Optional, Union
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Optional, TypeVar, Union
 
 from peft import PeftConfig, TaskType
 from transformers.activations import ACT2FN
 
 from .interventions import INTERVENTIONS
+from .loading import check_file
 from .positions import PositionSpec
 from .registration import NAME, add_peft_type
 
@@ -17,7 +20,36 @@ from .registration import NAME, add_peft_type
 # The tasks whose labels are answers, and not classes.
 ANSWERING = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 
+T = TypeVar("T", bound=type)
 
+
+def _refuses_unknown_fields(config_class: T) -> T:
+    """Make a config that was saved with fields of a later version an error, where PEFT drops them with a warning.
+
+    A field that says nothing (null, false, empty) is left to PEFT: fields that are added must say nothing by default.
+    """
+    init = config_class.__init__  # type: ignore[misc]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        known = {field.name for field in fields(config_class)}
+        unknown = {
+            key: value for key, value in kwargs.items() if key not in known and value not in (None, False, [], {}, "")
+        }
+        if unknown and "peft_type" in kwargs:  # as it was saved; a mistake in a program is a TypeError, as anywhere
+            raise ValueError(
+                "The saved config has "
+                + ", ".join(f"{key}={value!r}" for key, value in sorted(unknown.items()))
+                + ", which this version does not know and which may change what the adapter edits. A newer peft_reft or PEFT saved "
+                "it: upgrade both. If you know that the adapter works without, delete it from adapter_config.json."
+            )
+        init(self, *args, **kwargs)
+
+    config_class.__init__ = checked  # type: ignore[misc]
+    return config_class
+
+
+@_refuses_unknown_fields
 @dataclass
 class ReftConfig(PeftConfig):
     """Configuration of a ReFT adapter (Representation Finetuning, arXiv 2404.03592).
@@ -247,6 +279,28 @@ class ReftConfig(PeftConfig):
         if not indices or any(not _is_int(index) or index < 0 for index in indices):
             _reject("layers_to_transform", layers, "None, or indices of layers from 0", "layers_to_transform=[8, 16]")
         self.layers_to_transform = sorted(set(indices))
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Load the config of a saved adapter, as PEFT does next to last when it loads an adapter.
+
+        Weights that lie beside it are checked against it, while nothing is changed yet. `PeftConfig.from_pretrained` reads the
+        config alone.
+
+        Raises:
+            ValueError: when the config or the weights can't be read or do not fit each other, naming the file.
+        """
+        where = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        try:
+            config = super().from_pretrained(str(pretrained_model_name_or_path), subfolder, **kwargs)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"The adapter_config.json of {where!r} can't be used: {error}") from error
+        if isinstance(config, cls):
+            hub, _, _ = cls._split_kwargs(kwargs)
+            check_file(pretrained_model_name_or_path, config, **{"subfolder": subfolder, **hub})
+        return config
 
     @property
     def spec(self) -> PositionSpec:

@@ -34,6 +34,7 @@ from .checkpointing import bind_checkpoints, unbind_checkpoints
 from .config import ReftConfig
 from .generation import Generation
 from .layer import ReftLayer, retract_stale
+from .loading import check_state_dict, check_weights
 from .mixed import MixedBatch
 from .positions import Selection, places, round_up, select
 from .subspaces import kept_directions
@@ -75,6 +76,7 @@ class ForwardContext:
         self._sides: dict[str, set[bool]] = {}  # whether an adapter edits the encoder, the rest, or both
         self._stacks: list[nn.ModuleList] = []  # the lists that edited blocks stand in
         self._saw_labels = False
+        self._checked: dict[str, int] = {}  # the basis that an adapter had when its weights were last known to be good
         self._state = _CallState()
         self._handles: list[Any] = []
 
@@ -106,6 +108,7 @@ class ForwardContext:
         if self._handles:
             return
         self._watch(model, self._before_forward, self._after_forward)
+        self._handles.append(model.register_load_state_dict_pre_hook(self._before_loading))
         encoder = encoder_of(model)
         if encoder is not None:
             self.encoder_parameters = tuple(inspect.signature(encoder.forward).parameters)
@@ -178,6 +181,20 @@ class ForwardContext:
         finally:
             self._state.mixed = before
 
+    # -- loading ----
+
+    def _before_loading(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        check_state_dict(model, self.layers, self.rules, state_dict, prefix)
+
+    def _check_replaced(self) -> None:
+        """Check weights that came with no state dict: transformers' load_adapter puts new parameters in place of a layer's. Of
+        each adapter one is looked at, in every forward."""
+        for name in self._active():
+            layer = next(layer for layer in self.layers if name in layer.reft_R)
+            if self._checked.get(name) != id(layer.reft_R[name]):
+                check_weights(self.layers, name)
+                self._checked[name] = id(layer.reft_R[name])
+
     # -- forward -----------------------------------------------------------------------------------------------------
     # torch.compile leaves what is decorated out of its graphs: it reads the cache, the batch and the state of the weights,
     # and its result, index tensors of few different shapes, is an input to the compiled layers.
@@ -189,6 +206,7 @@ class ForwardContext:
         generation = self._state.generation
         self._state.told = told or (generation.told if generation is not None else {})
         self._state.selections = {}
+        self._check_replaced()
         retract_stale(self.layers)
         if model.training:
             bind_checkpoints(self._around_edits(model), self._remember)

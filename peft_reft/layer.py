@@ -8,6 +8,7 @@ Dimensions: B rows of the batch, S tokens, T = B * S, G groups of weights, N tok
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -392,16 +393,21 @@ def _state(basis: nn.Parameter) -> tuple:
     return id(basis), 0 if basis.is_inference() else basis._version, basis.dtype, steps
 
 
+# Of two threads that find a basis changed, one writes to it, and the other waits until it is written.
+_RETRACTING = threading.Lock()
+
+
 def retract_stale(layers: Iterable[ReftLayer]) -> None:
     """Make every basis that has changed orthonormal again, those of all the layers at once."""
     layers = list(layers)
-    for layer in layers:
-        layer.keep_weights()
-    stale = [(layer, name, basis) for layer in layers for name, basis in layer.stale_bases()]
-    if stale:
-        rotation.retract(basis for _, _, basis in stale)
-        for layer, name, _ in stale:
-            layer._mark_clean(name)
+    with _RETRACTING:
+        for layer in layers:
+            layer.keep_weights()
+        stale = [(layer, name, basis) for layer in layers for name, basis in layer.stale_bases()]
+        if stale:
+            rotation.retract(basis for _, _, basis in stale)
+            for layer, name, _ in stale:
+                layer._mark_clean(name)
 
 
 def _retract_before_saving(layer: nn.Module, *_: Any) -> None:

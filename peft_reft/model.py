@@ -17,6 +17,7 @@ from .batch import Rules
 from .config import ReftConfig
 from .context import ForwardContext
 from .layer import ReftLayer
+from .loading import check_names
 from .merging import quantization_backend, refuse_shared_weights, warn_of_new_biases
 from .mixed import mixed_modules_to_save
 from .registration import NAME
@@ -161,6 +162,15 @@ class ReftModel(BaseTuner):
         if not autocast_adapter_dtype:
             for layer in self._context.layers:
                 layer.cast_adapter_as_base(adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
+        """PEFT 0.21 calls this with what is to be loaded as an adapter. PEFT 0.20 does not say which adapter that is."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_names(model, config, adapter_name, remapped)
+        return remapped
 
     # -- merging and removal -------------------------------------------------------------------------------------------
 
