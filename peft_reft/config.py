@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Optional, TypeVar, Union
 
 from peft import PeftConfig, TaskType
+from peft.utils.other import get_pattern_key
 from transformers.activations import ACT2FN
 
 from .interventions import INTERVENTIONS
@@ -311,6 +312,10 @@ class ReftConfig(PeftConfig):
     def groups(self) -> int:
         """G, the number of sets of weights of a module: 2 for untied first and last tokens, else 1."""
         return self.spec.groups(self.share_weights)
+
+    def rank_of(self, module_name: str) -> int:
+        """The rank of the edit of a module of that name."""
+        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module_name), self.r)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as they are saved. PEFT sorts the keys of what it saves, and the order of subspaces has a meaning."""

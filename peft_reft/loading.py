@@ -46,13 +46,14 @@ CONVERSION = (
 class Config(Protocol):
     """What is read of a ReftConfig."""
 
-    r: int
     intervention: str
     add_bias: bool
     width: int | None
 
     @property
     def groups(self) -> int: ...
+
+    def rank_of(self, module_name: str) -> int: ...
 
 
 # -- by the folder -------------------------------------------------------------------------------------------------------
@@ -129,7 +130,8 @@ def _check_tensors_of_file(path: str, tensors: dict[str, Tensor], config: Config
     for module, given in modules.items():
         R = given.get("R")
         width = config.width or (R.shape[-1] if R is not None and R.dim() > 0 else 0)
-        shape_of = {"b": (config.groups, config.r), **dict.fromkeys("RW", (config.groups, config.r, width))}
+        groups, rank = config.groups, config.rank_of(module)
+        shape_of = {"b": (groups, rank), **dict.fromkeys("RW", (groups, rank, width))}
         names = {letter: f"{module}.reft_{letter}".lstrip(".") for letter in letters}
         shapes = {letter: shape_of[letter] for letter in letters}
         check_tensors(path, names, given, shapes, intervention.orthonormal, way_out)

@@ -74,8 +74,7 @@ def target_of(model: nn.Module, config: ReftConfig, name: str) -> Target:
     """
     stack, _, index = name.rpartition(".")
     is_block = index.isdigit() and stack in _stacks(model)
-    rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
-    target = Target(name, _width(model, name, is_block), rank, is_block)
+    target = Target(name, _width(model, name, is_block), config.rank_of(name), is_block)
     _check_width(config, target)
     return target
 
