@@ -209,6 +209,12 @@ class ReftModel(BaseTuner):
                     f"The adapter {name!r} has NaN or infinite weights in {layer.name!r}. Nothing was merged."
                 )
         refuse_shared_weights(self.model, {layer.name: layer.get_base_layer() for layer, _ in targets})
+        backends = {layer.quantization_backend.backend_name for layer, _ in targets if layer.quantization_backend}
+        if backends:
+            warnings.warn(
+                f"Merged weights are rounded to {', '.join(sorted(backends))} again, which changes more than the edit asks for, and "
+                "unmerging does not bring the base's own weights back to the bit. Merge into an unquantized base where it matters."
+            )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
