@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import sharding, steps
 from .arguments import (
     cache_length,
     forward_batch,
@@ -85,6 +86,7 @@ class ForwardContext:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _state=_CallState())
+        steps.watch(self)
 
     @classmethod
     def of(cls, model: nn.Module) -> ForwardContext:
@@ -107,6 +109,7 @@ class ForwardContext:
         self._sides[adapter_name] = {layer.in_encoder for layer in self.layers if adapter_name in layer.reft_config}
         if self._handles:
             return
+        steps.watch(self)
         self._watch(model, self._before_forward, self._after_forward)
         self._handles.append(model.register_load_state_dict_pre_hook(self._before_loading))
         encoder = encoder_of(model)
@@ -207,7 +210,7 @@ class ForwardContext:
         self._state.told = told or (generation.told if generation is not None else {})
         self._state.selections = {}
         self._check_replaced()
-        retract_stale(self.layers)
+        self._retract(model)
         if model.training:
             bind_checkpoints(self._around_edits(model), self._remember)
         self._refuse_stray_subspaces(told)
@@ -218,6 +221,14 @@ class ForwardContext:
         if generation is not None:
             generation.advance()
         return args, {key: value for key, value in kwargs.items() if key not in TOLD}
+
+    def _retract(self, model: nn.Module) -> None:
+        """Make the bases orthonormal that something has changed."""
+        if sharding.is_distributed() and any(layer.stale_bases() for layer in self.layers):
+            replaced = sharding.has_gathered_parameters(model)
+            for layer in self.layers if replaced else ():
+                layer.trust_replaced()
+        retract_stale(self.layers)
 
     @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
@@ -231,7 +242,7 @@ class ForwardContext:
             self._state.selections = {}
             generation = self._state.generation
             self._state.told = generation.told if generation is not None else {}
-            retract_stale(self.layers)
+            self._retract(encoder)
         self._select_all({**dict(zip(self.encoder_parameters, args)), **kwargs}, encoder.training, in_encoder=True)
 
     @torch.compiler.disable

@@ -18,7 +18,6 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
 from . import nested, rotation
@@ -27,6 +26,7 @@ from .interventions import INTERVENTIONS, activation, edit_coefficients, initial
 from .merging import PLAIN_DTYPES, MergedEdit, merge_edit, obstacle, unmerge_edit
 from .mixed import MixedBatch
 from .positions import Selection
+from .sharding import is_kept
 
 
 class SelectionSource(Protocol):
@@ -98,6 +98,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             if name == "base_layer" or name.startswith(
                 "_"
             ):  # base_layer: while the module is being built or unpickled
+                raise
+            if name == "_checkpoint_wrapped_module":  # by which accelerate knows a module wrapped for checkpointing
                 raise
             return getattr(self.base_layer, name)
 
@@ -243,15 +245,31 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     # -- the basis ---------------------------------------------------------------------------------------------------
 
+    def orthonormal_bases(self) -> dict[str, nn.Parameter]:
+        """The bases whose rows are to be orthonormal, by adapter."""
+        return {
+            name: basis
+            for name, basis in self.reft_R.items()
+            if INTERVENTIONS[self.reft_config[name].intervention].orthonormal and not basis.is_meta
+        }
+
     def stale_bases(self) -> list[tuple[str, nn.Parameter]]:
         """The bases that something has changed since their rows were last made orthonormal, with their adapters."""
         return [
             (name, basis)
-            for name, basis in self.reft_R.items()
-            if INTERVENTIONS[self.reft_config[name].intervention].orthonormal
-            and not basis.is_meta
-            and self._clean.get(name) != _state(basis)
+            for name, basis in self.orthonormal_bases().items()
+            if self._clean.get(name) != _state(basis) and not is_kept(basis)
         ]
+
+    def mark_stale(self, adapter_name: str) -> None:
+        """Note that a basis has changed, where its version counter may not say so."""
+        self._clean.pop(adapter_name, None)
+
+    def trust_replaced(self) -> None:
+        """Take bases that are other parameters than before for copies of orthonormal ones."""
+        for name, basis in self.reft_R.items():
+            if name in self._clean and self._clean[name][0] != id(basis):
+                self._mark_clean(name)
 
     def _mark_clean(self, adapter_name: str) -> None:
         self._clean[adapter_name] = _state(self.reft_R[adapter_name])
@@ -374,23 +392,9 @@ def _full_precision(device_type: str) -> AbstractContextManager:
     return nullcontext()
 
 
-# Steps of all optimizers of the process. Fused ones, transformers' default among them, and those that write to `data` leave
-# a parameter's version as it was.
-_optimizer_steps = 0
-
-
-def _count_step(*_: Any) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
-
-
-def _state(basis: nn.Parameter) -> tuple:
-    """Changes whenever the parameter is replaced, trained, written to or, by way of its `data`, cast."""
-    steps = _optimizer_steps if basis.requires_grad else None
-    return id(basis), 0 if basis.is_inference() else basis._version, basis.dtype, steps
+def _state(basis: nn.Parameter) -> tuple[int, int, torch.dtype]:
+    """Changes whenever the parameter is replaced, written to or, by way of its `data`, cast."""
+    return id(basis), 0 if basis.is_inference() else basis._version, basis.dtype
 
 
 # Of two threads that find a basis changed, one writes to it, and the other waits until it is written.

@@ -15,7 +15,7 @@ Dimensions: G groups of weights, R rank, D width of the hidden state.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -54,20 +54,33 @@ def tangent(R_GRD: Tensor) -> Tensor:
 
 @torch.no_grad()
 def retract(bases: Iterable[Tensor]) -> None:
-    """Orthonormalize the rows of every basis in place, by one QR factorization for each shape.
+    """Orthonormalize the rows of every basis in place, as `retracted` does.
+
+    Args:
+        bases (`Iterable[torch.Tensor]`): Of shape [G, r, D] with r <= D, of any floating dtype.
+    """
+    bases = list(bases)
+    for basis, value in zip(bases, retracted(bases)):
+        basis.copy_(value)
+
+
+@torch.no_grad()
+def retracted(bases: Sequence[Tensor]) -> list[Tensor]:
+    """Every basis with its rows orthonormalized, by one QR factorization for each shape.
 
     Robust for any parameter, a rank-deficient one included: Householder QR always gives orthonormal rows. A basis
     whose rows are orthonormal already, up to rounding, stays as it is, to the bit: so it does not matter by which way a
     saved basis comes into a model, and retracting twice is retracting once.
 
     Args:
-        bases (`Iterable[torch.Tensor]`): Of shape [G, r, D] with r <= D, of any floating dtype.
+        bases (`Sequence[torch.Tensor]`): Of shape [G, r, D] with r <= D, of any floating dtype.
     """
-    by_kind: dict[tuple, list[Tensor]] = defaultdict(list)
-    for basis in bases:
-        by_kind[(basis.shape[-2:], basis.dtype, basis.device)].append(basis)
+    results = list(bases)
+    by_kind: dict[tuple, list[int]] = defaultdict(list)
+    for index, basis in enumerate(bases):
+        by_kind[(basis.shape[-2:], basis.dtype, basis.device)].append(index)
     for same in by_kind.values():
-        stacked = torch.cat([basis.reshape(-1, *basis.shape[-2:]) for basis in same])
+        stacked = torch.cat([bases[index].reshape(-1, *bases[index].shape[-2:]) for index in same])
         # QR exists in single and double precision only.
         wide = stacked if stacked.dtype == torch.float64 else stacked.float()
         q, upper = torch.linalg.qr(wide.mT)
@@ -78,6 +91,7 @@ def retract(bases: Iterable[Tensor]) -> None:
         rounding = 32 * torch.finfo(wide.dtype).eps + 2 * torch.finfo(stacked.dtype).eps
         off = (wide @ wide.mT - torch.eye(wide.shape[-2], dtype=wide.dtype, device=wide.device)).abs()
         kept = off.amax(dim=(-2, -1), keepdim=True) <= rounding
-        parts = torch.where(kept, stacked, q.mT.to(stacked.dtype)).split([basis.shape[0] for basis in same])
-        for basis, part in zip(same, parts):
-            basis.copy_(part)
+        parts = torch.where(kept, stacked, q.mT.to(stacked.dtype)).split([bases[index].shape[0] for index in same])
+        for index, part in zip(same, parts):
+            results[index] = part
+    return results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -200,10 +201,13 @@ class ByData(torch.optim.Optimizer):
 OPTIMIZERS = [torch.optim.AdamW, torch.optim.SGD, partial(torch.optim.AdamW, fused=True), ByData]
 
 
+@pytest.mark.parametrize("copied", [False, True], ids=["", "copied"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_rows_stay_orthonormal_through_training_and_saving(optimizer, tmp_path):
-    base = build("llama")
-    model = get_peft_model(base, ReftConfig(r=4, positions="f2+l2", task_type="CAUSAL_LM")).train()
+def test_rows_stay_orthonormal_through_training_and_saving(optimizer, copied, tmp_path):
+    model = get_peft_model(build("llama"), ReftConfig(r=4, positions="f2+l2", task_type="CAUSAL_LM")).train()
+    if copied:
+        model = copy.deepcopy(model)
+    base = model.base_model.model
     steps = optimizer((p for p in model.parameters() if p.requires_grad), lr=0.5)
     batch = prompts(8, 6)
     labels = batch["input_ids"].masked_fill(torch.arange(8) < 4, -100)
