@@ -255,8 +255,11 @@ class ForwardContext:
         """Note the Selection of every adapter in use that needs one."""
         selections = self._state.selections
         assert selections is not None
+        in_use = self._in_use(in_encoder)
+        if in_use and sharding.is_distributed():
+            sharding.refuse_split_sequences()
         by_rules: dict[tuple[Rules, Any], Selection | None] = {}
-        for name, config in self._in_use(in_encoder).items():
+        for name, config in in_use.items():
             groups = None if config.subspaces is None else tuple(config.subspaces.items())
             kind = (self.rules[name], groups)
             if kind not in by_rules:

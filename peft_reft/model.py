@@ -21,6 +21,7 @@ from .loading import check_names
 from .merging import quantization_backend, refuse_shared_weights, warn_of_new_biases
 from .mixed import mixed_modules_to_save
 from .registration import NAME
+from .sharding import refuse_sharded_base
 from .targets import Target, encoder_of, find_targets, not_a_target, target_of
 
 
@@ -96,6 +97,8 @@ class ReftModel(BaseTuner):
 
     def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Find what to edit, and refuse what can't be done, before anything is changed."""
+        if not peft_config.inference_mode:
+            refuse_sharded_base(model)
         _refuse_unhooked(model)
         self._include_all_linear_layers(peft_config, model)
         self._targets: dict[str, Target] = find_targets(model, peft_config)
@@ -162,6 +165,18 @@ class ReftModel(BaseTuner):
         if not autocast_adapter_dtype:
             for layer in self._context.layers:
                 layer.cast_adapter_as_base(adapter_name)
+
+    # -- saving and loading --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: Any, config: PeftConfig, adapter_name: str, state_dict: dict[str, Any], *_: Any, **__: Any
+    ) -> dict[str, Any]:
+        """The adapter's part of a state dict that is without other adapters. PEFT finds it by the names of modules, to which
+        FSDP's activation checkpointing adds: an adapter inside a checkpointed block would be saved empty."""
+        return {
+            key: value for key, value in state_dict.items() if f".{cls.prefix}" in key or key.startswith(cls.prefix)
+        }
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -10,6 +10,7 @@ optimizer's step, in which all processes take part: forwards, saves and loads fi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,6 +56,36 @@ def has_gathered_parameters(model: nn.Module) -> bool:
             "fsdp_version: 2 in the config of accelerate or axolotl, or torch's fully_shard."
         )
     return any(isinstance(module, FSDPModule) for module in modules)
+
+
+def refuse_sharded_base(model: nn.Module) -> None:
+    """An adapter to be trained on a base whose weights are shards already would be one of its own in each process.
+
+    Raises:
+        NotImplementedError: where that is so.
+    """
+    if is_distributed() and any(_is_sharded(parameter) for parameter in model.parameters()):
+        raise NotImplementedError(
+            "The base model's weights are sharded already, by tensor parallelism (tp_plan, tp_size) or fully_shard. An adapter "
+            "added now would start and train apart in each process. Load the model without tp_plan, add the adapter, and have "
+            "FSDP2 or DeepSpeed shard both. To run a trained adapter on it, load it with is_trainable=False."
+        )
+
+
+def refuse_split_sequences() -> None:
+    """Positions are counted within a sequence, and a process that has only a part of each would count in that.
+
+    Raises:
+        NotImplementedError: when accelerate is set up so.
+    """
+    state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
+    config = state._shared_state.get("parallelism_config") if state is not None else None
+    if config is not None and (config.cp_enabled or getattr(config, "sp_enabled", False)):
+        raise NotImplementedError(
+            "Context or sequence parallelism gives each process a part of every sequence, and ReFT can't tell there which of its "
+            "tokens are a prompt's first or last. Set cp_size and sp_size to 1 (in axolotl context_parallel_size: 1), or "
+            "positions='all', which edits every token alike."
+        )
 
 
 @torch.no_grad()
