@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -39,10 +40,8 @@ def train(
     reft: dict[str, Any],
     arguments: dict[str, Any],
     resume: str | None = None,
-    environment: dict[str, str] | None = None,
 ) -> None:
     AcceleratorState._reset_state()
-    os.environ.update(environment or {})
     set_seed(0)
     arguments = TrainingArguments(out, report_to=[], disable_tqdm=True, **arguments)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), ReftConfig(task_type="CAUSAL_LM", **reft))
@@ -71,5 +70,6 @@ def on_cpus() -> None:
 if __name__ == "__main__":
     if os.environ.get("ACCELERATE_USE_CPU") != "true":
         on_cpus()
-    for run in json.loads(sys.argv[1]):
-        train(**run)
+    for training in json.loads(sys.argv[1]):
+        with mock.patch.dict(os.environ, training.pop("environment", {})):
+            train(**training)
