@@ -64,12 +64,9 @@ class ReftModel(BaseTuner):
     def __init__(self, model: Any, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if isinstance(model, PeftModel):  # LoRA, for example, to be trained with ReFT: both then stand side by side
             model = model.get_base_model()
-        other = getattr(model, "peft_config", {}).get(adapter_name)
-        if isinstance(other, PeftConfig) and other.peft_type != NAME:
-            raise ValueError(
-                f"adapter_name={adapter_name!r} is that of a {other.peft_type} adapter on the model. Give each a name of its "
-                "own, such as adapter_name='lora' and adapter_name='reft'."
-            )
+        for name, other in getattr(model, "peft_config", {}).items():
+            if other.peft_type != NAME:
+                _refuse_beside(other, name, adapter_name)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
@@ -255,6 +252,26 @@ class ReftModel(BaseTuner):
         # PEFT takes the next adapter from the first layer, where there may be none: adapters edit different layers.
         if not self.active_adapters and self.peft_config:
             self.set_adapter(next(iter(self.peft_config)))
+
+
+def _refuse_beside(other: PeftConfig, name: str, adapter_name: str) -> None:
+    """
+    Raises:
+        ValueError: when an adapter of another method on the model has the name of the new one.
+        NotImplementedError: when it has modules of its own that are switched to one adapter at a time.
+    """
+    if name == adapter_name:
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is that of a {other.peft_type} adapter on the model. Give each a name of its own, such "
+            "as adapter_name='lora' and adapter_name='reft'."
+        )
+    for field in ("modules_to_save", "trainable_token_indices"):
+        if getattr(other, field, None):
+            raise NotImplementedError(
+                f"The adapter {name!r} on the model has {field}={getattr(other, field)!r}, which would be switched off with the "
+                f"switch to {adapter_name!r}. Set {field} in ReftConfig instead; PEFT sets modules_to_save by itself where a config "
+                "has task_type SEQ_CLS, TOKEN_CLS or QUESTION_ANS, so leave that to ReftConfig, too."
+            )
 
 
 def _refuse_unhooked(model: nn.Module) -> None:

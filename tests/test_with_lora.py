@@ -159,3 +159,14 @@ def test_equal_names_are_refused():
     model = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="adapter_name='default' is that of a .*LORA adapter on the model"):
         get_peft_model(model, ReftConfig(**REFT))
+
+
+@pytest.mark.parametrize("field, value", [("modules_to_save", ["lm_head"]), ("trainable_token_indices", [3, 4])])
+def test_what_is_switched_to_one_adapter_belongs_to_reft(field, value):
+    with pytest.raises(NotImplementedError, match=f"Set {field} in ReftConfig instead"):
+        both(**{field: value})
+    lora = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="lora")
+    model = get_peft_model(lora, ReftConfig(**REFT, **{field: value}), adapter_name="reft")
+    named = "lm_head" if field == "modules_to_save" else "token_adapter"
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert all(any(part in name for name in trained) for part in (named, "lora_", "reft_"))
