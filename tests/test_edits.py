@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from models import DECODERS, build, prompts, randomize, weight
+from models import DECODERS, build, labelled, prompts, randomize, weight
 from peft import get_peft_model
 from torch import nn
 from transformers.activations import ACT2FN
@@ -223,6 +223,20 @@ def test_rows_stay_orthonormal_through_training_and_saving(optimizer, copied, tm
     assert len(saved) == 3
     for value in saved.values():
         torch.testing.assert_close(value @ value.mT, torch.eye(4).expand(2, 4, 4), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_forward_with_the_adapter_off_before_the_backward_of_another(optimizer):
+    """As preference training has it for its reference. PEFT freezes what is switched off."""
+    model = get_peft_model(build("llama"), ReftConfig(r=4, positions="f2+l2", task_type="CAUSAL_LM")).train()
+    steps = optimizer((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    batch = labelled(8, 6, prompt=4, seed=0)
+    for _ in range(3):
+        loss = model(**batch).loss
+        with torch.no_grad(), model.disable_adapter():
+            model(**batch)
+        loss.backward()
+        steps.step()
 
 
 def test_weights_are_float32_on_a_16_bit_base_and_follow_it_when_told():
