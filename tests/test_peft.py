@@ -14,11 +14,13 @@ from peft import (
     AutoPeftModelForCausalLM,
     PeftConfig,
     PeftModel,
+    convert_to_lora,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 
 from peft_reft import ReftConfig, ReftLayer, ReftModel
@@ -288,6 +290,28 @@ def test_injection_by_a_state_dict_that_names_more_layers():
         base = inject_adapter_in_model(config, build("llama"), state_dict=state)
     set_peft_model_state_dict(base, state)
     assert torch.equal(logits(base), logits(adapted()))
+
+
+def test_what_peft_has_for_lora_alone_is_refused(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    expected = logits(model)
+    with pytest.raises(ValueError, match="Hotswapping only supports LORA but REFT was passed"):
+        hotswap_adapter(model, tmp_path, "default")
+    with pytest.raises(TypeError, match="do not support LoRA conversion: .*ReftLayer"):
+        convert_to_lora(model, 4)
+    assert torch.equal(logits(model), expected)
+
+
+def test_swapping_by_a_second_name(tmp_path):
+    model = adapted(r=2, positions="l3")
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    serving = adapted()
+    serving.load_adapter(tmp_path, "next")
+    serving.set_adapter("next")
+    serving.delete_adapter("default")
+    assert torch.equal(logits(serving), expected)
 
 
 def test_statuses():
