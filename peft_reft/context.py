@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import sharding, steps
+from . import sharding
 from .arguments import (
     cache_length,
     forward_batch,
@@ -30,11 +30,12 @@ from .arguments import (
     refuse_several,
     refuse_unknown_prompts,
 )
+from .bases import retract_before_forward, watch_steps
 from .batch import Batch, Rules, locate
 from .checkpointing import bind_checkpoints, unbind_checkpoints
 from .config import ReftConfig
 from .generation import Generation
-from .layer import ReftLayer, retract_stale
+from .layer import ReftLayer
 from .loading import check_state_dict, check_weights
 from .mixed import MixedBatch
 from .positions import Selection, places, round_up, select
@@ -86,7 +87,7 @@ class ForwardContext:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _state=_CallState())
-        steps.watch(self)
+        watch_steps(self)
 
     @classmethod
     def of(cls, model: nn.Module) -> ForwardContext:
@@ -109,7 +110,7 @@ class ForwardContext:
         self._sides[adapter_name] = {layer.in_encoder for layer in self.layers if adapter_name in layer.reft_config}
         if self._handles:
             return
-        steps.watch(self)
+        watch_steps(self)
         self._watch(model, self._before_forward, self._after_forward)
         self._handles.append(model.register_load_state_dict_pre_hook(self._before_loading))
         encoder = encoder_of(model)
@@ -175,8 +176,7 @@ class ForwardContext:
         unknown = sorted(set(mixed.adapters) - loaded)
         if unknown:
             raise ValueError(
-                f"adapter_names names adapters that are not loaded: {', '.join(unknown)}. "
-                f"Loaded are: {', '.join(sorted(loaded))}."
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Loaded are: {', '.join(sorted(loaded))}."
             )
         before, self._state.mixed = self._state.mixed, mixed
         try:
@@ -209,8 +209,7 @@ class ForwardContext:
         generation = self._state.generation
         self._state.told = told or (generation.told if generation is not None else {})
         self._state.selections = {}
-        self._check_replaced()
-        self._retract(model)
+        self._settle_weights(model)
         if model.training:
             bind_checkpoints(self._around_edits(model), self._remember)
         self._refuse_stray_subspaces(told)
@@ -222,13 +221,12 @@ class ForwardContext:
             generation.advance()
         return args, {key: value for key, value in kwargs.items() if key not in TOLD}
 
-    def _retract(self, model: nn.Module) -> None:
-        """Make the bases orthonormal that something has changed."""
-        if sharding.is_distributed() and any(layer.stale_bases() for layer in self.layers):
-            replaced = sharding.has_gathered_parameters(model)
-            for layer in self.layers if replaced else ():
-                layer.trust_replaced()
-        retract_stale(self.layers)
+    def _settle_weights(self, model: nn.Module) -> None:
+        """See that the weights are where and as the layers read them."""
+        for layer in self.layers:
+            layer.keep_weights()
+        self._check_replaced()
+        retract_before_forward(model, self.layers)
 
     @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
@@ -242,7 +240,7 @@ class ForwardContext:
             self._state.selections = {}
             generation = self._state.generation
             self._state.told = generation.told if generation is not None else {}
-            self._retract(encoder)
+            self._settle_weights(encoder)
         self._select_all({**dict(zip(self.encoder_parameters, args)), **kwargs}, encoder.training, in_encoder=True)
 
     @torch.compiler.disable

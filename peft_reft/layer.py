@@ -8,9 +8,8 @@ Dimensions: B rows of the batch, S tokens, T = B * S, G groups of weights, N tok
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -21,12 +20,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import nested, rotation
+from .bases import Bases, retract_stale
 from .config import ReftConfig
 from .interventions import INTERVENTIONS, activation, edit_coefficients, initialize
 from .merging import PLAIN_DTYPES, MergedEdit, merge_edit, obstacle, unmerge_edit
 from .mixed import MixedBatch
 from .positions import Selection
-from .sharding import is_kept
 
 
 class SelectionSource(Protocol):
@@ -46,8 +45,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     first and last tokens with weights of their own, 2. The edit is computed in their dtype and goes back in the base's.
 
     Public attributes that the wrapped module has and this one lacks are the wrapped module's, so that a model that reads
-    an attribute of its blocks still finds it. Private ones are not: tools note there what they did to a module, accelerate
-    its hooks among them.
+    an attribute of its blocks still finds it. What tools note on a module to know it by is not lent: private attributes,
+    accelerate's hooks among them, and the scheme by which compressed-tensors finds the layers to unpack.
 
     Args:
         base_layer (`torch.nn.Module`): The module to wrap. Its output is a tensor [B, S, D] (any leading dimensions
@@ -60,9 +59,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("reft_R", "reft_W", "reft_b")
     other_param_names = ("reft_config", "reft_dropout")
-    cast_input_dtype_enabled = (
-        True  # PEFT's helper switches it; an edit is always computed in the dtype of its weights
-    )
+    cast_input_dtype_enabled = True  # for PEFT's helper to switch; an edit is computed in the dtype of its weights
 
     def __init__(
         self, base_layer: nn.Module, context: SelectionSource, name: str, is_block: bool, in_encoder: bool = False
@@ -86,8 +83,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self._all_tokens: dict[str, bool] = {}  # of the spec, which a forward, maybe a compiled one, should not parse
         self.merged_adapters = []  # the class has a list that all layers would share
         self._merged: list[MergedEdit] = []
-        self._clean: dict[str, tuple] = {}  # which state of each basis is known to have orthonormal rows
-        self.register_state_dict_pre_hook(_retract_before_saving)
+        self.bases = Bases(self.reft_R, self.reft_config)
+        self.register_state_dict_pre_hook(_before_saving)
         self.register_state_dict_post_hook(nested.rename_saved)
         self.register_load_state_dict_pre_hook(nested.rename_loaded)
 
@@ -95,11 +92,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer" or name.startswith(
-                "_"
-            ):  # base_layer: while the module is being built or unpickled
-                raise
-            if name == "_checkpoint_wrapped_module":  # by which accelerate knows a module wrapped for checkpointing
+            # base_layer is not there yet while the module is being built or unpickled.
+            if name in ("base_layer", "quantization_scheme") or name.startswith("_"):
                 raise
             return getattr(self.base_layer, name)
 
@@ -116,13 +110,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     ) -> Iterator[tuple[str, nn.Module]]:
         return nested.without_wrapper(super().named_modules(memo, prefix, remove_duplicate), self, prefix)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy or an unpickled layer has parameters of its own, of which nothing is known yet."""
-        return {**self.__dict__, "_clean": {}}
-
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Casts and moves of the model, which change the parameters' data past their version counters."""
-        self._clean.clear()
+        self.bases.mark_all_stale()
         return super()._apply(fn, recurse)
 
     # -- adapters ----------------------------------------------------------------------------------------------------
@@ -150,7 +140,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         R, W, b = self.weights(adapter_name)
         if not R.is_meta:
             initialize(intervention, R, W, b, self._act[adapter_name], config.init_weights)
-        self._mark_clean(adapter_name)
+        self.bases.mark_clean(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -172,7 +162,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         for weights in (self.reft_R, self.reft_W, self.reft_b):
             if adapter_name in weights and not weights[adapter_name].is_meta:
                 weights[adapter_name] = weights[adapter_name].to(**to)
-        self._mark_clean(adapter_name)
+        self.bases.mark_clean(adapter_name)
 
     def keep_weights(self) -> None:
         """Take back weights that accelerate has offloaded along with the model. Its hooks load the parameters of a module
@@ -195,7 +185,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self._act.pop(adapter_name, None)
         self._all_tokens.pop(adapter_name, None)
-        self._clean.pop(adapter_name, None)
+        self.bases.mark_stale(adapter_name)
 
     # -- merging -----------------------------------------------------------------------------------------------------
 
@@ -242,37 +232,6 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         while self._merged:
             unmerge_edit(self, self._merged.pop())
             self.merged_adapters.pop()
-
-    # -- the basis ---------------------------------------------------------------------------------------------------
-
-    def orthonormal_bases(self) -> dict[str, nn.Parameter]:
-        """The bases whose rows are to be orthonormal, by adapter."""
-        return {
-            name: basis
-            for name, basis in self.reft_R.items()
-            if INTERVENTIONS[self.reft_config[name].intervention].orthonormal and not basis.is_meta
-        }
-
-    def stale_bases(self) -> list[tuple[str, nn.Parameter]]:
-        """The bases that something has changed since their rows were last made orthonormal, with their adapters."""
-        return [
-            (name, basis)
-            for name, basis in self.orthonormal_bases().items()
-            if self._clean.get(name) != _state(basis) and not is_kept(basis)
-        ]
-
-    def mark_stale(self, adapter_name: str) -> None:
-        """Note that a basis has changed, where its version counter may not say so."""
-        self._clean.pop(adapter_name, None)
-
-    def trust_replaced(self) -> None:
-        """Take bases that are other parameters than before for copies of orthonormal ones."""
-        for name, basis in self.reft_R.items():
-            if name in self._clean and self._clean[name][0] != id(basis):
-                self._mark_clean(name)
-
-    def _mark_clean(self, adapter_name: str) -> None:
-        self._clean[adapter_name] = _state(self.reft_R[adapter_name])
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
@@ -392,29 +351,8 @@ def _full_precision(device_type: str) -> AbstractContextManager:
     return nullcontext()
 
 
-def _state(basis: nn.Parameter) -> tuple[int, int, torch.dtype]:
-    """Changes whenever the parameter is replaced, written to or, by way of its `data`, cast."""
-    return id(basis), 0 if basis.is_inference() else basis._version, basis.dtype
-
-
-# Of two threads that find a basis changed, one writes to it, and the other waits until it is written.
-_RETRACTING = threading.Lock()
-
-
-def retract_stale(layers: Iterable[ReftLayer]) -> None:
-    """Make every basis that has changed orthonormal again, those of all the layers at once."""
-    layers = list(layers)
-    with _RETRACTING:
-        for layer in layers:
-            layer.keep_weights()
-        stale = [(layer, name, basis) for layer in layers for name, basis in layer.stale_bases()]
-        if stale:
-            rotation.retract(basis for _, _, basis in stale)
-            for layer, name, _ in stale:
-                layer._mark_clean(name)
-
-
-def _retract_before_saving(layer: nn.Module, *_: Any) -> None:
+def _before_saving(layer: nn.Module, *_: Any) -> None:
     """State dict hook: what is saved as reft_R has orthonormal rows, also right after an optimizer step."""
     assert isinstance(layer, ReftLayer)
+    layer.keep_weights()
     retract_stale([layer])

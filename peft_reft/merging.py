@@ -155,7 +155,8 @@ def _add(layer: ReftLayer, A_DI: Tensor, edit: MergedEdit, sign: float, safe: bo
     bias_D = sign * (R_DR @ edit.added_R.to(A_DI.device))
     if safe and not (weight_DI.isfinite().all() and bias_D.isfinite().all()):
         raise ValueError(
-            f"Merging into {layer.name!r} would give NaN or infinity. The adapter seems to be broken. The layer is as it was."
+            f"NaNs detected in the merged weights, or infinity, of {layer.name!r}. The adapter seems to be broken. The layer is as "
+            "it was."
         )
     if bias is not None:
         bias_D = (bias.to(R_DR.dtype) + bias_D).to(bias.dtype)

@@ -83,6 +83,17 @@ def test_a_merged_bias_that_the_architecture_lacks_is_warned_of(tmp_path):
     assert not torch.allclose(logits(reloaded), logits(merged), atol=1e-3)  # what the warning is about
 
 
+def test_merging_right_after_an_optimizer_step():
+    model = adapted(init_weights="pyreft").train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(**BATCH).logits.square().mean().backward()
+    optimizer.step()
+    model.eval()
+    twin = copy.deepcopy(model)
+    edited = logits(twin)  # whose forward has made R orthonormal again
+    torch.testing.assert_close(logits(model.merge_and_unload()), edited, rtol=1e-4, atol=1e-4)
+
+
 def test_several_adapters_are_merged_in_their_order():
     model = adapted()
     model.add_adapter("other", ReftConfig(r=2, positions="all", target_modules=["down_proj"], intervention="nodireft"))
@@ -198,7 +209,7 @@ def test_unknown_names_and_broken_adapters():
         model.merge_adapter(adapter_names=["other"])
     with torch.no_grad():
         model.base_model.model.model.layers[2].mlp.down_proj.reft_b["default"][0, 0] = float("inf")
-    with pytest.raises(ValueError, match=r"infinite weights in 'model\.layers\.2\.mlp\.down_proj'"):
+    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights.*'model\.layers\.2\.mlp\.down_proj'"):
         model.merge_adapter(safe_merge=True)
     assert not any(layer.merged for layer in model.modules() if isinstance(layer, ReftLayer))
 

@@ -122,7 +122,7 @@ def test_models_without_tokens(shape):
 
 def test_refusals():
     model = adapted("llama")
-    with pytest.raises(ValueError, match=r"names adapters that are not loaded: other\. Loaded are: all, one, two"):
+    with pytest.raises(ValueError, match=r"non-existing adapter\(s\): other\. Loaded are: all, one, two"):
         model(**BATCH, adapter_names=["other"] * 6)
     for names in (["one"] * 3, ["one"] * 7):
         message = f"same as the number of inputs, but got {len(names)} and 6 respectively"

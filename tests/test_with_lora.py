@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import build, labelled, prompts
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
@@ -102,6 +103,18 @@ def test_switching_off_and_taking_off():
     assert torch.equal(logits(model), edited)
     assert any("lora_" in name and p.requires_grad for name, p in model.named_parameters())
     assert not any(isinstance(module, ReftLayer) for module in model.unload().modules())
+
+
+@pytest.mark.parametrize("architecture, targets", [("llama", ("q_proj",)), ("opt", ("fc1",))])
+def test_a_part_replaced_by_its_name_without_the_wrapper_is_replaced(architecture, targets):
+    model = both(architecture, targets)
+    expected = logits(model)
+    name = next(name for name, module in model.named_modules() if isinstance(module, LoraLayer))
+    parent, _, last = name.rpartition(".")
+    layer = model.get_submodule(name)
+    setattr(model.get_submodule(parent), last, layer.base_layer)
+    assert not any(module is layer for module in model.modules())
+    assert not torch.allclose(logits(model), expected)
 
 
 def test_lora_is_merged_below_the_edits(tmp_path):

@@ -1,0 +1,140 @@
+"""The bases of a model's edits: which of them are known to have orthonormal rows, and who changes them.
+
+rotation.py knows matrices; this module knows parameters. A write to one is seen in its version counter, a cast or a move in the
+module's `_apply`, and an optimizer's step by a hook that torch calls after it: fused optimizers (Trainer's default), bitsandbytes'
+and DeepSpeed's write past the counter. A basis that has changed is retracted where it is next read or saved; one whose values an
+engine keeps, in the step itself (sharding.py has the reason). What is orthonormal already stays as it is to the bit, so a basis of
+which nothing is known costs time, and no precision.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from . import rotation, sharding
+from .interventions import INTERVENTIONS
+
+
+if TYPE_CHECKING:
+    from .context import ForwardContext
+    from .layer import ReftLayer
+
+
+class Bases:
+    """The bases of one layer, by adapter.
+
+    Args:
+        parameters (`torch.nn.ParameterDict`): R of each adapter.
+        configs (`dict[str, ReftConfig]`): Its configuration.
+    """
+
+    def __init__(self, parameters: nn.ParameterDict, configs: dict[str, Any]) -> None:
+        self._parameters = parameters
+        self._configs = configs
+        self._clean: dict[str, tuple] = {}  # in which state the rows of each were last orthonormal
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or an unpickled layer has parameters of its own, of which nothing is known yet."""
+        return {**self.__dict__, "_clean": {}}
+
+    def orthonormal(self) -> dict[str, nn.Parameter]:
+        """Those whose rows are to be orthonormal."""
+        return {
+            name: basis
+            for name, basis in self._parameters.items()
+            if INTERVENTIONS[self._configs[name].intervention].orthonormal and not basis.is_meta
+        }
+
+    def stale(self) -> dict[str, nn.Parameter]:
+        """Those of them that something has changed since, but for what an engine keeps."""
+        return {
+            name: basis
+            for name, basis in self.orthonormal().items()
+            if self._clean.get(name) != _state(basis) and not sharding.is_kept(basis)
+        }
+
+    def mark_clean(self, adapter_name: str) -> None:
+        """Note that the rows are orthonormal."""
+        self._clean[adapter_name] = _state(self._parameters[adapter_name])
+
+    def mark_stale(self, adapter_name: str) -> None:
+        """Note a change that the version counter may not show."""
+        self._clean.pop(adapter_name, None)
+
+    def mark_all_stale(self) -> None:
+        """Note that all may have changed."""
+        self._clean.clear()
+
+    def trust_replaced(self) -> None:
+        """Take those that are other parameters than before for copies of orthonormal ones."""
+        for name, basis in self._parameters.items():
+            if name in self._clean and self._clean[name][0] != id(basis):
+                self.mark_clean(name)
+
+
+def _state(basis: nn.Parameter) -> tuple[int, int, torch.dtype]:
+    """Changes whenever the parameter is replaced, written to or, by way of its `data`, cast."""
+    return id(basis), 0 if basis.is_inference() else basis._version, basis.dtype
+
+
+# Of two threads that find a basis changed, one writes to it, and the other waits until it is written.
+_RETRACTING = threading.Lock()
+
+
+def retract_stale(layers: Iterable[ReftLayer]) -> None:
+    """Make every basis that has changed orthonormal again, those of all the layers at once."""
+    with _RETRACTING:
+        stale = [(layer.bases, name, basis) for layer in layers for name, basis in layer.bases.stale().items()]
+        if stale:
+            rotation.retract(basis for _, _, basis in stale)
+            for bases, name, _ in stale:
+                bases.mark_clean(name)
+
+
+def retract_before_forward(model: nn.Module, layers: list[ReftLayer]) -> None:
+    """The same for a model that may be one process's part of a larger one."""
+    if sharding.is_distributed() and any(layer.bases.stale() for layer in layers):
+        gathered = sharding.has_gathered_parameters(model)
+        for layer in layers if gathered else ():
+            layer.bases.trust_replaced()
+    retract_stale(layers)
+
+
+# -- steps ---------------------------------------------------------------------------------------------------------------
+
+# In the order in which they were made, which is that of all processes: a set would give each its own.
+_watching: list[weakref.ref[ForwardContext]] = []
+
+
+def watch_steps(context: ForwardContext) -> None:
+    """Notice what optimizers change of the layers of a context, for as long as it lives."""
+    if not any(known() is context for known in _watching):
+        _watching.append(weakref.ref(context))
+
+
+@torch.compiler.disable
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    """Hook of all optimizers."""
+    _watching[:] = [known for known in _watching if known() is not None]
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    kept = []
+    for context in [known() for known in _watching]:
+        for layer in context.layers if context is not None else ():
+            for name, basis in layer.bases.orthonormal().items():
+                if sharding.is_kept(basis):
+                    # DeepSpeed's optimizers step parameters of its own.
+                    if id(basis) in stepped or (basis.requires_grad and sharding.is_in_zero(basis)):
+                        kept.append(basis)
+                elif id(basis) in stepped:
+                    layer.bases.mark_stale(name)
+    sharding.retract(kept)
+
+
+register_optimizer_step_post_hook(_after_step)
