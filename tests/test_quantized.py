@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 from peft_reft import ReftConfig
 
@@ -26,6 +26,18 @@ def bnb(**settings):
         return AutoModelForCausalLM.from_pretrained(smollm2, quantization_config=config, dtype=torch.float32)
 
     return load
+
+
+def torchao(smollm2: str, gguf: tuple[str, str]) -> torch.nn.Module:
+    quantization = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    return AutoModelForCausalLM.from_pretrained(smollm2, quantization_config=config, dtype=torch.float32)
+
+
+def quanto(smollm2: str, gguf: tuple[str, str]) -> torch.nn.Module:
+    pytest.importorskip("optimum.quanto")
+    config = QuantoConfig(weights="int8")
+    return AutoModelForCausalLM.from_pretrained(smollm2, quantization_config=config, dtype=torch.float32)
 
 
 def gguf(smollm2: str, gguf: tuple[str, str]) -> torch.nn.Module:
@@ -83,9 +95,16 @@ BASES = {
         "Linear4bit",
     ),
     "8 bit": (bnb(load_in_8bit=True), "Linear8bitLt"),
+    "torchao int8": (torchao, "TorchAOBaseTensor"),
+    "quanto int8": (quanto, "QLinear"),
     "GGUF": (gguf, "Linear"),
     "packed GGUF": (packed_gguf, "GgufLinear"),
 }
+
+
+def names(module: torch.nn.Module) -> set[str]:
+    """Of the class of a layer, and of the classes of its weight."""
+    return {kind.__name__ for kind in (type(module), *type(getattr(module, "weight", None)).__mro__)}
 
 
 @pytest.mark.parametrize("kind", BASES)
@@ -93,7 +112,7 @@ def test_train_save_load_and_generate(kind, smollm2, smollm2_gguf, tmp_path):
     load, quantized_class = BASES[kind]
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     base = load(smollm2, smollm2_gguf)
-    quantized = [module for module in base.modules() if type(module).__name__ == quantized_class]
+    quantized = [module for module in base.modules() if quantized_class in names(module)]
     assert len(quantized) == 30 * 7 + (quantized_class == "Linear")  # every linear layer of every block; lm_head stays
 
     if "GGUF" not in kind:

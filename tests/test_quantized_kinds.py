@@ -1,0 +1,86 @@
+"""Quantized bases of every kind that runs on a CPU, on a tiny Llama: train, save, load, generate, and edit the layers themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import labelled
+from peft import PeftModel, get_peft_model
+from quantized import BASES, plain
+from torch import nn
+
+from peft_reft import ReftConfig
+
+
+PROMPT = 8
+BATCH = labelled(12, 12, prompt=PROMPT, seed=1)
+# It rounds activations, which gives no gradient: an edit learns by way of the residual stream alone.
+ROUNDED_ACTIVATIONS = {"compressed-tensors fp8"}
+EDITED = {"blocks": {"positions": "f2+l2"}, "down_proj": {"positions": "all", "target_modules": ["down_proj"]}}
+
+
+def logits(model: nn.Module, **batch) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**(batch or BATCH)).logits
+
+
+def names(module: nn.Module) -> set[str]:
+    """Of the classes of a layer and of its weight."""
+    return {kind.__name__ for kind in (*type(module).__mro__, *type(getattr(module, "weight", None)).__mro__)}
+
+
+@pytest.mark.parametrize("edited", EDITED)
+@pytest.mark.parametrize("kind", BASES)
+def test_train_save_load_and_generate(kind, edited, tmp_path):
+    load, quantized = BASES[kind]
+    base = load(tmp_path / "base")
+    assert "unpacked" in quantized or quantized in names(base.model.layers[0].mlp.down_proj)
+    assert all(p.device.type == "cpu" for p in base.parameters())
+    before = logits(base)
+    whole = logits(plain())
+    assert not torch.equal(before, whole)
+    assert (before - whole).norm() < 0.5 * whole.norm()  # the model itself, not noise
+
+    torch.manual_seed(0)
+    config = ReftConfig(r=4, task_type="CAUSAL_LM", **EDITED[edited])
+    model = get_peft_model(base, config)
+    assert torch.equal(logits(model), before)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(10):
+        loss = model(**BATCH).loss
+        loss.backward()
+        losses.append(loss.item())
+        gradients = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+        assert gradients == {name for name, _ in model.named_parameters() if ".reft_" in name}
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < (0.9 if kind in ROUNDED_ACTIVATIONS else 0.5) * losses[0]
+
+    model.eval()
+    prompt = BATCH["input_ids"][:, :PROMPT]
+    out = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=5,
+        min_new_tokens=5,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    told = {"prompt_lengths": torch.tensor([PROMPT, PROMPT])}
+    forced = logits(model, input_ids=out.sequences, attention_mask=torch.ones_like(out.sequences), **told)
+    torch.testing.assert_close(torch.stack(out.logits, dim=1), forced[:, PROMPT - 1 : -1], rtol=0, atol=1e-4)
+
+    trained = logits(model)
+    assert not torch.equal(trained, before)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), before)
+    model.save_pretrained(tmp_path / "adapter")
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(
+            load(tmp_path / "base"), tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage
+        )
+        assert torch.equal(logits(loaded), trained)
+    assert torch.equal(logits(loaded.unload()), before)
