@@ -10,9 +10,17 @@ from .explain import explain_positions
 from .layer import ReftLayer
 from .model import ReftModel
 from .registration import register
+from .resuming import last_complete_checkpoint
 
 
 __version__ = "0.1.0"
-__all__ = ["PromptLengthsCollator", "ReftConfig", "ReftLayer", "ReftModel", "explain_positions"]
+__all__ = [
+    "PromptLengthsCollator",
+    "ReftConfig",
+    "ReftLayer",
+    "ReftModel",
+    "explain_positions",
+    "last_complete_checkpoint",
+]
 
 register()
