@@ -86,9 +86,20 @@ def test_trained_heads_go_with_their_adapters():
     model.eval()
     with model.disable_adapter():
         plain = model(**BATCH)[0]
-    mixed = model(**BATCH, adapter_names=["one", "two", "__base__", "one", "two", "__base__"])[0]
+    names = ["one", "two", "__base__", "one", "two", "__base__"]
+    mixed = model(**BATCH, adapter_names=names)[0]
     for row, factor in enumerate([2, 3, 1, 2, 3, 1]):
         torch.testing.assert_close(mixed[row], plain[row] * factor)
+
+    heads["one"].weight.copy_(heads["one"].weight.flip(0))
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": 2, "do_sample": False}
+    batch = prompts(9, 4, 7, 6, 3, 8, side="left")
+    generated = model.generate(**batch, **options, adapter_names=names)
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        alone = model.generate(**batch, **options)
+        for row in (row for row, its in enumerate(names) if its == name):
+            assert generated[row].tolist() == alone[row].tolist()
 
 
 class Network(nn.Module):
