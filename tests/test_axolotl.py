@@ -335,7 +335,13 @@ def test_reft_block_and_other_keys(folder):
         "peft_autocast_adapter_dtype": True,
         "lora_modules_to_save": ["lm_head"],
         "max_steps": 2,
-        "reft": {"positions": "f3", "act_fn": "gelu", "target_modules": ["mlp"], "init_weights": "pyreft"},
+        "reft": {
+            "positions": "f3",
+            "act_fn": "gelu",
+            "target_modules": ["mlp"],
+            "init_weights": "pyreft",
+            "rank_pattern": {"layers.2.mlp": 2},
+        },
     }
     config["gradient_checkpointing"] = False
     run = axolotl(folder, "train", config, name="block")
@@ -343,6 +349,14 @@ def test_reft_block_and_other_keys(folder):
     saved = run.notes["config"]
     assert (saved["intervention"], saved["positions"], saved["act_fn"]) == ("nodireft", "f3", "gelu")
     assert (saved["target_modules"], saved["modules_to_save"]) == (["mlp"], ["lm_head"])
+    assert (saved["r"], saved["rank_pattern"]) == (4, {"layers.2.mlp": 2})
+
+
+def test_tokens_that_lora_would_train_are_trained():
+    from peft_reft.integrations.axolotl.args import reft_config
+
+    yaml_keys = SimpleNamespace(adapter="loreft", lora_r=4, peft_trainable_token_indices=[5, 6])
+    assert reft_config(yaml_keys).trainable_token_indices == [5, 6]
 
 
 @pytest.mark.parametrize(

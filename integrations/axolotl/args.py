@@ -20,6 +20,7 @@ SHARED_KEYS = {
     "lora_modules_to_save": "modules_to_save",
     "peft_layers_to_transform": "layers_to_transform",
     "peft_layers_pattern": "layers_pattern",
+    "peft_trainable_token_indices": "trainable_token_indices",
 }
 # LoRA keys that are about loading, the same for every adapter.
 LOADING_KEYS = {"lora_model_dir", "lora_on_cpu", "peft_autocast_adapter_dtype"}
@@ -40,6 +41,9 @@ class ReftBlock(BaseModel):
     init_weights: Literal["pyreft"] | bool | None = Field(default=None, description="True, or 'pyreft'.")
     target_modules: list[str] | str | None = Field(default=None, description="Modules whose output is edited.")
     exclude_modules: list[str] | str | None = Field(default=None, description="Modules to leave alone.")
+    rank_pattern: dict[str, int] | None = Field(
+        default=None, description="Ranks other than lora_r, by modules' names."
+    )
     response_template: str | list[int] | None = Field(
         default=None, description="Text or token ids that answers begin after."
     )

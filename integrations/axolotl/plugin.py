@@ -150,6 +150,7 @@ def _check_saved(saved: PeftConfig, asked: ReftConfig, cfg: DictDefault) -> None
         "act_fn",
         "add_bias",
         "target_modules",
+        "rank_pattern",
         "layers_to_transform",
         "response_template",
         "prompt_boundary",
