@@ -6,6 +6,7 @@ The imports are made once; every run is a fork of this process, which itself tra
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -150,10 +151,13 @@ def main(root: Path) -> None:
         # transformers' own choice is the half-written one.
         code = finish(fork(lambda: train(root / "half", get_last_checkpoint(root / "half"))))
         result["refused"] += code == 1
-    # From the one before it, once.
-    (folder / "done").unlink(missing_ok=True)
-    assert finish(fork(lambda: resume(folder))) == 0
-    assert (folder / "final" / FINAL).read_bytes() == (reference / "final" / FINAL).read_bytes()
+    # From the one before it, and from the last, of a run that was killed before it could end: transformers then trains a step more,
+    # with the learning rate that its schedule ends at, 0.
+    for step in (3, STEPS):
+        folder = root / f"from-{step}"
+        shutil.copytree(reference / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        assert finish(fork(functools.partial(resume, folder))) == 0
+        assert (folder / "final" / FINAL).read_bytes() == (reference / "final" / FINAL).read_bytes(), step
     print(json.dumps({**result, "seconds of a run": round(seconds, 2)}))
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+import transformers
 from hypothesis import strategies as st
-from models import build, prompts, randomize
+from models import build, labelled, prompts, randomize
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -26,6 +27,7 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from peft_reft import ReftConfig, ReftLayer
 from peft_reft.interventions import INTERVENTIONS
@@ -324,6 +326,13 @@ def test_rounding_to_16_bits_keeps_within_the_tolerance(rank, width):
         assert error <= ORTHONORMAL_TOLERANCE / 2
 
 
+def test_values_of_a_module_that_is_saved_whole(tmp_path):
+    adapted(modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors["base_model.model.lm_head.weight"][3].fill_(float("nan")))
+    with pytest.raises(ValueError, match=f"{WEIGHTS}: '.*lm_head.weight' holds 32 NaN"):
+        load_first(tmp_path)
+
+
 def test_weights_of_another_method(adapter, tmp_path):
     rewrite(adapter, only_lora)
     with pytest.raises(ValueError, match=r"no tensor of a ReFT adapter, of 1 tensors \(such as '.*lora_A"):
@@ -378,6 +387,14 @@ def test_state_dicts_of_whole_and_partial_models():
     fresh.load_state_dict({name: t for name, t in everything.items() if "reft_" not in name}, strict=False)
     torch.nn.Sequential(fresh).load_state_dict({f"0.{name}": tensor for name, tensor in everything.items()})
     assert torch.equal(logits(fresh), logits(model))
+    blocks = fresh.base_model.model.model.layers
+    blocks[0] = checkpoint_wrapper(blocks[0])  # has no part in the names of a state dict
+    fresh.load_state_dict(everything, strict=True)
+    fresh.base_model.model.again = fresh.base_model.model.model.layers[1]  # a module under two names
+    fresh.load_state_dict(fresh.state_dict(), strict=True)
+    stray = {"base_model.model.model.layers.2.reft_W.other": torch.ones(1, 2, 32)}  # where that adapter edits nothing
+    with pytest.raises(ValueError, match="Adapter 'other' has no tensor '.*layers.2.reft_W.other'"):
+        fresh.load_state_dict({**everything, **stray}, strict=False)
     everything["base_model.model.model.layers.1.reft_W.other"].fill_(float("nan"))
     with pytest.raises(ValueError, match="Adapter 'other': '.*reft_W.other' holds 64 NaN"):
         fresh.load_state_dict(everything)
@@ -437,6 +454,42 @@ def test_code_in_a_pickle_is_not_run(adapter, tmp_path):
     assert not marker.exists()
     pickle.loads((adapter / "adapter_model.bin").read_bytes())
     assert marker.exists()  # it would have
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A trainer's, after one step of two."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer(folder).train()
+    return folder / "checkpoint-1"
+
+
+def trainer(folder: Path) -> transformers.Trainer:
+    examples = [{key: value[0] for key, value in labelled(8, prompt=3, seed=seed).items()} for seed in range(2)]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=2,
+        save_steps=1,
+        per_device_train_batch_size=1,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    return transformers.Trainer(adapted(), arguments, train_dataset=examples)
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_code_in_a_trainer_s_checkpoint_is_not_run(checkpoint, tmp_path, file):
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint-1"))
+    assert (folder / file).exists()
+    torch.save(Malicious(tmp_path / "ran"), folder / file)
+    try:
+        trainer(tmp_path).train(resume_from_checkpoint=str(folder))
+    except Exception as error:
+        assert "Weights only load failed" in str(error)
+    else:
+        assert file == "training_args.bin"  # which nothing reads
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_auto_class(adapter, tmp_path):
