@@ -61,18 +61,26 @@ def obstacle(layer: ReftLayer, adapter_name: str) -> str | None:
         return f"act_fn={config.act_fn!r} makes the edit nonlinear, and a linear layer can't take it in"
     if layer.get_base_layer() is not base:
         return f"there is another adapter between it and {layer.name!r}: merge that one first"
-    backend = layer.quantization_backend
-    if backend is not None:
+    weight, backend = getattr(base, "weight", None), layer.quantization_backend
+    if backend is not None and not backend.supports_merge:
+        return f"PEFT can't unpack the quantized weight of {layer.name!r} ({backend.backend_name})"
+    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         return (
-            None
-            if backend.supports_merge
-            else f"PEFT can't unpack the quantized weight of {layer.name!r} ({backend.backend_name})"
+            f"bitsandbytes has packed the weight of {layer.name!r} for the CPU, at a forward in evaluation mode, and can't unpack "
+            "it. Merge right after loading"
         )
-    if not isinstance(base, (nn.Linear, Conv1D)):
-        return f"{layer.name!r} is a {type(base).__name__}, and only the output of a linear layer can be folded into a weight"
-    if type(base.weight.data) is not Tensor or base.weight.dtype not in PLAIN_DTYPES:
-        kind = type(base.weight.data).__name__
-        return f"the weight of {layer.name!r} is a {kind} of {base.weight.dtype}, which can't be written to as floating point"
+    if backend is not None:
+        return None
+    # A layer with a forward of its own computes something else from its weight. accelerate's hooks leave it as it is.
+    own_forward = "forward" in vars(base) and "_hf_hook" not in vars(base)
+    if type(base).forward not in (nn.Linear.forward, Conv1D.forward) or own_forward or weight is None:
+        changed = " with a forward of its own" if own_forward else ""
+        return f"{layer.name!r} is a {type(base).__name__}{changed}, and only the output of a linear layer can be folded into a weight"
+    if type(weight.data) is not Tensor or weight.dtype not in PLAIN_DTYPES:
+        kind = type(weight.data).__name__
+        return (
+            f"the weight of {layer.name!r} is a {kind} of {weight.dtype}, which can't be written to as floating point"
+        )
     return None
 
 

@@ -155,6 +155,25 @@ def test_quantized_layers_are_merged_by_way_of_their_unpacked_weight(bits, tmp_p
     assert type(model.merge_and_unload().model.layers[0].mlp.down_proj) is kind
 
 
+def test_weights_that_bitsandbytes_has_packed_for_the_cpu_are_refused(tmp_path):
+    functional = pytest.importorskip("bitsandbytes.functional", reason="needs the extra `bnb`")
+    if not getattr(functional, "has_avx512bf16", lambda: False)():
+        pytest.skip("bitsandbytes packs them on a CPU with AVX512-BF16 alone")
+    wide = LlamaConfig(**{**GROUPED, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "vocab_size": 97})
+    LlamaForCausalLM(wide).save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization, dtype=torch.bfloat16)
+    model = adapted(base=base, target_modules=["down_proj"])
+    before = logits(model)
+    with pytest.raises(
+        NotImplementedError, match="bitsandbytes has packed the weight of .* Merge right after loading"
+    ):
+        model.merge_adapter()
+    assert torch.equal(logits(model), before)
+
+
 REFUSED = {
     "it edits hidden states at chosen positions": {"positions": "f2+l2"},
     "act_fn='gelu' makes the edit nonlinear": {"act_fn": "gelu"},

@@ -84,3 +84,43 @@ def test_train_save_load_and_generate(kind, edited, tmp_path):
         )
         assert torch.equal(logits(loaded), trained)
     assert torch.equal(logits(loaded.unload()), before)
+
+
+# How far the largest weight of a group is from the next number of the kind, as a part of it. Others can't be merged into.
+STEPS = {
+    "torchao int8": 1 / 127,
+    "torchao int4": 1 / 7,
+    "torchao float8": 1 / 16,
+    "hqq 8 bit": 2 / 255,
+    "hqq 4 bit": 2 / 15,
+}
+MERGED_AS_ORDINARY = {"fp8"}  # which transformers unpacks while it loads
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_merge(kind, tmp_path):
+    model = get_peft_model(
+        BASES[kind][0](tmp_path / "base"),
+        ReftConfig(r=4, positions="all", target_modules=["down_proj"], add_bias=False, init_weights="pyreft"),
+    ).eval()
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    if kind not in {*STEPS, *MERGED_AS_ORDINARY}:
+        logits(model)
+        before, modules = logits(model), [type(module) for module in model.modules()]
+        with pytest.raises(NotImplementedError, match=r"can't be merged: .*'model\.layers\.0\.mlp\.down_proj'"):
+            model.merge_adapter()
+        assert torch.equal(logits(model), before) and [type(module) for module in model.modules()] == modules
+        return
+    R, W, _ = (None if weight is None else weight[0].detach() for weight in layer.weights("default"))
+    before = layer.get_base_weight().detach().clone().float()
+    exact = before + R.mT @ (W - R) @ before
+    quantized = names(layer.base_layer)
+    model.merge_adapter()
+    assert names(layer.base_layer) == quantized
+    merged = layer.get_base_weight().detach().float()
+    step = STEPS.get(kind, 1e-6)
+    assert (merged - exact).abs().max() <= step * exact.abs().max()
+    assert (merged - exact).norm() < 0.5 * (exact - before).norm()
+    # The layer computes with it.
+    x = torch.randn(2, 5, before.shape[1])
+    torch.testing.assert_close(layer(x), x @ merged.mT, rtol=1e-3, atol=1e-3)
