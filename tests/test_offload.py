@@ -186,3 +186,25 @@ def test_weights_follow_the_hooks_where_the_base_has_none_in_place(load):
             module._hf_hook.execution_device = 0  # a GPU, as accelerate may call it
     layer._move_adapter_to_device_of_base_layer("default")
     assert moves == [{"device": 0}]
+
+
+@pytest.mark.parametrize("add_bias", [False, True])
+@pytest.mark.parametrize("place", PLACES)
+def test_merge(load, place, add_bias):
+    def adapted(place: str | None = None) -> PeftModel:
+        settings = {"positions": "all", "target_modules": ["down_proj"], "add_bias": add_bias, "init_weights": "pyreft"}
+        torch.manual_seed(0)
+        model = get_peft_model(load(place), ReftConfig(r=4, task_type="CAUSAL_LM", **settings)).eval()
+        randomize(model, scale=0.2)
+        return model
+
+    expected = logits(adapted())
+    with torch.no_grad():
+        assert not torch.allclose(expected, logits(load()), atol=1e-2)
+    model = adapted(place)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
