@@ -184,7 +184,7 @@ class ForwardContext:
         finally:
             self._state.mixed = before
 
-    # -- loading ----
+    # -- loading -----------------------------------------------------------------------------------------------------
 
     def _before_loading(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         check_state_dict(model, self.layers, self.rules, state_dict, prefix)

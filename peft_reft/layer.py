@@ -161,7 +161,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def _convert(self, adapter_name: str, **to: Any) -> None:
         for weights in (self.reft_R, self.reft_W, self.reft_b):
             if adapter_name in weights and not weights[adapter_name].is_meta:
-                weights[adapter_name] = weights[adapter_name].to(**to)
+                old = weights[adapter_name]
+                weights[adapter_name] = nn.Parameter(old.to(**to), requires_grad=old.requires_grad)
         self.bases.mark_clean(adapter_name)
 
     def keep_weights(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -118,13 +119,10 @@ class ReftModel(BaseTuner):
         _maybe_include_all_linear_layers(peft_config, model)
         if isinstance(asked, str) and isinstance(found := peft_config.target_modules, set):
             output = getattr(model, "get_output_embeddings", lambda: None)()
-            wrapped = {
-                name
-                for name, module in model.named_modules()
-                if isinstance(module, ReftLayer) and module is not output
-            }
-            linear = (nn.Linear, Conv1D)
-            found |= {name for name in wrapped if isinstance(model.get_submodule(name).get_base_layer(), linear)}
+            for name, module in model.named_modules():
+                wrapped = isinstance(module, ReftLayer) and isinstance(module.get_base_layer(), (nn.Linear, Conv1D))
+                if wrapped and module is not output:
+                    found.add(name)
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> Any:  # type: ignore[override]
         return key in self._targets or not_a_target(key, peft_config)
@@ -197,13 +195,31 @@ class ReftModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        if merge:
-            self._refuse_merge(adapter_names, safe_merge)
+        if not merge:
+            return self._take_off()
+        self._refuse_merge(adapter_names, safe_merge)
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         self._context.detach(model)
-        if merge:
-            warn_of_new_biases(self._context.layers)
+        warn_of_new_biases(self._context.layers)
         return model
+
+    def _take_off(self) -> nn.Module:
+        """Put every wrapped module back in its place. PEFT's own way takes layers of other methods off with ReFT's."""
+        for name, module in reversed(
+            list(self.model.named_modules())
+        ):  # from the inside, where names hold the longest
+            parent, _, last = name.rpartition(".")
+            if isinstance(module, ReftLayer):
+                setattr(self.model.get_submodule(parent), last, module.base_layer)
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                restored = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+                setattr(self.model.get_submodule(parent), last, restored)
+        self._context.detach(self.model)
+        for name in [name for name, config in self.peft_config.items() if config.peft_type == NAME]:
+            del self.peft_config[name]
+        if not self.peft_config and hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
 
     def _refuse_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Find every obstacle to merging before the first layer is changed."""

@@ -192,7 +192,12 @@ def test_weights_follow_the_hooks_where_the_base_has_none_in_place(load):
 @pytest.mark.parametrize("place", PLACES)
 def test_merge(load, place, add_bias):
     def adapted(place: str | None = None) -> PeftModel:
-        settings = {"positions": "all", "target_modules": ["down_proj"], "add_bias": add_bias, "init_weights": "pyreft"}
+        settings = {
+            "positions": "all",
+            "target_modules": ["down_proj"],
+            "add_bias": add_bias,
+            "init_weights": "pyreft",
+        }
         torch.manual_seed(0)
         model = get_peft_model(load(place), ReftConfig(r=4, task_type="CAUSAL_LM", **settings)).eval()
         randomize(model, scale=0.2)

@@ -117,6 +117,21 @@ def test_a_part_replaced_by_its_name_without_the_wrapper_is_replaced(architectur
     assert not torch.allclose(logits(model), expected)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"layers_to_transform": [1]}, {"positions": "all", "target_modules": ["q_proj"]}]
+)
+def test_taking_reft_off_leaves_all_of_lora(settings):
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    model = get_peft_model(build("llama"), lora, adapter_name="lora")
+    alone = logits(model)
+    reft = ReftConfig(**{**REFT, "init_weights": "pyreft", "modules_to_save": ["lm_head"], **settings})
+    both_of_them = get_peft_model(model, reft, adapter_name="reft")
+    assert not torch.allclose(logits(both_of_them), alone, atol=1e-2)
+    both_of_them.unload()
+    assert torch.equal(logits(model), alone) and list(model.peft_config) == ["lora"]
+
+
 def test_lora_is_merged_below_the_edits(tmp_path):
     model = trained(both())
     expected = logits(model)
