@@ -204,8 +204,12 @@ def _check_adapter(
     for place, layer in places.items():
         weights, tensors = _weights(layer, adapter), given.get(layer, {})
         names = {letter: f"{place}.reft_{letter}.{adapter}" for letter in weights}
-        # DeepSpeed's ZeRO-3 keeps parameters apart, and notes their shape.
-        shapes = {letter: tuple(getattr(weight, "ds_shape", weight.shape)) for letter, weight in weights.items()}
+        # DeepSpeed's ZeRO-3 keeps values apart, and notes their shape. What it loads of its own checkpoints are placeholders.
+        shapes = {
+            letter: tuple(getattr(weight, "ds_shape", weight.shape))
+            for letter, weight in weights.items()
+            if not (hasattr(weight, "ds_shape") and letter in tensors and tensors[letter].shape == weight.shape)
+        }
         if not whole:
             shapes = {letter: shape for letter, shape in shapes.items() if letter in tensors}
         check_tensors(f"Adapter {adapter!r}", names, tensors, shapes, orthonormal, way_out)
