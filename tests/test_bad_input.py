@@ -194,3 +194,14 @@ def test_errors_leave_nothing_behind():
         model.generate(**batch, prompt_lengths=torch.tensor([1, 2, 3]))
     with torch.no_grad():
         assert torch.equal(model.eval()(**batch).logits, before)
+
+
+@pytest.mark.parametrize(
+    "module", [torch.nn.MultiheadAttention(8, 2), torch.nn.Conv1d(4, 8, 1), torch.nn.Conv2d(4, 8, 1)]
+)
+def test_modules_whose_output_does_not_end_in_hidden_states_are_refused(module):
+    net = torch.nn.ModuleDict({"part": module})
+    net.forward = lambda x: net["part"](x)
+    with pytest.raises(ValueError, match=r"The width of the output of 'part' \(.*\) can't be told"):
+        get_peft_model(net, ReftConfig(positions="all", target_modules=["part"]))
+    assert net["part"] is module

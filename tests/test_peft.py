@@ -20,6 +20,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.helpers import disable_input_dtype_casting
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 
@@ -312,6 +313,19 @@ def test_swapping_by_a_second_name(tmp_path):
     serving.set_adapter("next")
     serving.delete_adapter("default")
     assert torch.equal(logits(serving), expected)
+
+
+def test_what_peft_reads_of_the_layers_of_a_tuner():
+    base = build("gpt2")
+    sizes = {"wte": (97, 32), "mlp.c_proj": (128, 32)}
+    model = get_peft_model(base, ReftConfig(r=4, positions="all", target_modules=list(sizes)))
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, ReftLayer)}
+    assert len(layers) == 1 + len(base.transformer.h)
+    for name, layer in layers.items():
+        assert (layer.in_features, layer.out_features) == sizes["wte" if name.endswith("wte") else "mlp.c_proj"]
+    expected = logits(model)
+    with disable_input_dtype_casting(model):
+        assert torch.equal(logits(model), expected)
 
 
 def test_statuses():
