@@ -162,7 +162,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         for weights in (self.reft_R, self.reft_W, self.reft_b):
             if adapter_name in weights and not weights[adapter_name].is_meta:
                 old = weights[adapter_name]
-                weights[adapter_name] = nn.Parameter(old.to(**to), requires_grad=old.requires_grad)
+                new = old.to(**to)
+                if new is not old:  # else an optimizer may hold it
+                    weights[adapter_name] = nn.Parameter(new, requires_grad=old.requires_grad)
         self.bases.mark_clean(adapter_name)
 
     def keep_weights(self) -> None:

@@ -328,6 +328,18 @@ def test_what_peft_reads_of_the_layers_of_a_tuner():
         assert torch.equal(logits(model), expected)
 
 
+def test_moving_and_casting_keep_what_is_frozen_frozen_and_what_fits_as_it_is():
+    model = adapted()
+    layer = model.base_model.model.model.layers[0]
+    R = weight(layer, "R")
+    layer._move_adapter_to_device_of_base_layer("default")
+    assert weight(layer, "R") is R and R.requires_grad
+    layer.set_requires_grad("default", False)
+    layer.base_layer.bfloat16()
+    layer.cast_adapter_as_base("default")
+    assert weight(layer, "R").dtype == torch.bfloat16 and not weight(layer, "R").requires_grad
+
+
 def test_statuses():
     model = adapted()
     status = model.get_model_status()
