@@ -178,7 +178,8 @@ class ReftModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Any]
     ) -> dict[str, Any]:
         """PEFT 0.21 calls this with what is to be loaded as an adapter. PEFT 0.20 does not say which adapter that is."""
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        base: Any = super()  # whose type PEFT 0.20 does not have it in
+        remapped = base._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_names(model, config, adapter_name, remapped)
         return remapped
 

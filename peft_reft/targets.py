@@ -18,10 +18,13 @@ from torch import nn
 from .config import ReftConfig
 
 
+NoMatchingModule: type[ValueError] = ValueError
 try:
-    from peft.utils.error import NoMatchingPeftModuleError as NoMatchingModule
-except ImportError:  # peft 0.20, where it is a ValueError as such
-    NoMatchingModule = ValueError  # type: ignore[misc, assignment]
+    from peft.utils.error import NoMatchingPeftModuleError
+
+    NoMatchingModule = NoMatchingPeftModuleError
+except ImportError:  # peft 0.20 raises a ValueError as such
+    pass
 
 
 @dataclass(frozen=True)
