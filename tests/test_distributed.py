@@ -19,6 +19,7 @@ import pytest
 import torch
 import transformers
 from models import GROUPED, build, labelled, prompts, weight
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import distributed
@@ -146,14 +147,17 @@ def check_saved(folder: Path) -> dict[str, torch.Tensor]:
 def test_two_processes_end_where_one_does(config, base, alone, tmp_path):
     if config.startswith("zero") and find_spec("deepspeed") is None:
         pytest.skip("needs deepspeed")
+    # transformers 5.16 does not resume processes on CPUs: with LoRA it stops with "don't know how to restore data location".
+    resumes = Version(transformers.__version__) >= Version("5.23")
+    launches = {name: run for name, run in LAUNCHES[config].items() if resumes or "resume" not in run[1]}
     trainings = []
-    for name, (_, settings) in LAUNCHES[config].items():
+    for name, (_, settings) in launches.items():
         if "resume" in settings:
             settings = settings | {"resume": str(tmp_path / settings["resume"])}
         trainings.append(training(base, tmp_path / name, settings, 2))
     run(2, trainings, launched_as(EXAMPLES / f"{config}.yaml"))
     engine = {"ddp": "MULTI_CPU", "fsdp2": "FSDP"}.get(config, "DEEPSPEED")
-    for name, (equal_to, _) in LAUNCHES[config].items():
+    for name, (equal_to, _) in launches.items():
         notes = json.loads((tmp_path / name / "notes.json").read_text())
         assert (notes["engine"], notes["processes"]) == (f"DistributedType.{engine}", 2)
         assert (notes["parameters"].get("DTensor", 0) > 0) == (config == "fsdp2")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 from models import labelled
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from quantized import BASES, plain
 from torch import nn
@@ -104,7 +106,11 @@ def test_merge(kind, tmp_path):
         ReftConfig(r=4, positions="all", target_modules=["down_proj"], add_bias=False, init_weights="pyreft"),
     ).eval()
     layer = model.base_model.model.model.layers[0].mlp.down_proj
-    if kind not in {*STEPS, *MERGED_AS_ORDINARY}:
+    unpacked_by_peft = layer.quantization_backend is not None and kind in STEPS
+    assert unpacked_by_peft == (kind in STEPS) or Version(peft.__version__) < Version(
+        "0.21"
+    )  # 0.20 unpacks torchao int8 alone
+    if not unpacked_by_peft and kind not in MERGED_AS_ORDINARY:
         logits(model)
         before, modules = logits(model), [type(module) for module in model.modules()]
         with pytest.raises(NotImplementedError, match=r"can't be merged: .*'model\.layers\.0\.mlp\.down_proj'"):
