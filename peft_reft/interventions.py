@@ -27,6 +27,10 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 
+# Those that weights are computed and saved in. The 8-bit ones only store them.
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 @dataclass(frozen=True)
 class Intervention:
     """What sets one edit apart from another.

@@ -22,8 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from . import nested, rotation
 from .bases import Bases, retract_stale
 from .config import ReftConfig
-from .interventions import INTERVENTIONS, activation, edit_coefficients, initialize
-from .merging import PLAIN_DTYPES, MergedEdit, merge_edit, obstacle, unmerge_edit
+from .interventions import INTERVENTIONS, WEIGHT_DTYPES, activation, edit_coefficients, initialize
+from .merging import MergedEdit, merge_edit, obstacle, unmerge_edit
 from .mixed import MixedBatch
 from .positions import Selection
 
@@ -180,7 +180,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def cast_adapter_as_base(self, adapter_name: str) -> None:
         """Give the weights of an adapter the dtype in which the wrapped module keeps its own, if it is one to compute in."""
         dtypes = (parameter.dtype for parameter in self.base_layer.parameters())
-        dtype = next((dtype for dtype in dtypes if dtype in PLAIN_DTYPES), None)
+        dtype = next((dtype for dtype in dtypes if dtype in WEIGHT_DTYPES), None)
         if adapter_name in self.reft_R and dtype is not None:
             self._convert(adapter_name, dtype=dtype)
 

@@ -23,15 +23,13 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .interventions import INTERVENTIONS
+from .interventions import INTERVENTIONS, WEIGHT_DTYPES
 
 
 # How far R Rᵀ may be from the identity. Rounding a basis to bfloat16, whose unit roundoff is u = 2⁻⁸, moves no entry of it by more
 # than 2u + u² (Cauchy and Schwarz), float16 and float32 by less. Also a float32 file may have been through bfloat16, so that twice
 # this bound is allowed to every dtype. What is not meant to be orthonormal misses it by far: a free R starts at rows of length 0.6.
 ORTHONORMAL_TOLERANCE = 2.0**-6
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 NAME_OF_TENSOR = re.compile(r"(?:(?P<module>.*)\.)?reft_(?P<letter>[^.]+)(?:\.(?P<adapter>.+))?")
 # What wraps modules without a change to the names in their state dict.
@@ -136,7 +134,7 @@ def _check_tensors_of_file(path: str, tensors: dict[str, Tensor], config: Config
         shapes = {letter: shape_of[letter] for letter in letters}
         check_tensors(path, names, given, shapes, intervention.orthonormal, way_out)
     for key, tensor in tensors.items():  # those of modules_to_save, which may have integers among them, too
-        if tensor.dtype in DTYPES:
+        if tensor.dtype in WEIGHT_DTYPES:
             check_values(path, key, tensor)
 
 
@@ -307,7 +305,7 @@ def check_tensors(
 
 def check_values(who: str, name: str, tensor: Tensor) -> None:
     """Refuse a tensor that does not hold finite floating-point numbers."""
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in WEIGHT_DTYPES:
         raise ValueError(
             f"{who}: {name!r} holds {str(tensor.dtype).removeprefix('torch.')}, and weights are floating-point numbers of at least "
             "16 bits. Save them as float32, float16 or bfloat16."

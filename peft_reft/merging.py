@@ -20,14 +20,11 @@ from peft.utils.quantization_utils import QuantizationBackend, get_quantization_
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .interventions import INTERVENTIONS, activation, affine_source
+from .interventions import INTERVENTIONS, WEIGHT_DTYPES, activation, affine_source
 
 
 if TYPE_CHECKING:
     from .layer import ReftLayer
-
-# Those that weights are added up in; the 8-bit ones only store them.
-PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass
@@ -76,7 +73,7 @@ def obstacle(layer: ReftLayer, adapter_name: str) -> str | None:
     if type(base).forward not in (nn.Linear.forward, Conv1D.forward) or own_forward or weight is None:
         changed = " with a forward of its own" if own_forward else ""
         return f"{layer.name!r} is a {type(base).__name__}{changed}, and only the output of a linear layer can be folded into a weight"
-    if type(weight.data) is not Tensor or weight.dtype not in PLAIN_DTYPES:
+    if type(weight.data) is not Tensor or weight.dtype not in WEIGHT_DTYPES:
         kind = type(weight.data).__name__
         return (
             f"the weight of {layer.name!r} is a {kind} of {weight.dtype}, which can't be written to as floating point"

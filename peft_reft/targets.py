@@ -64,19 +64,22 @@ def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, Target]:
             "`model.named_modules()` lists, or leave target_modules out to edit the blocks of the main stack."
         )
     _refuse_nesting(model, names)
-    targets = {name: target_of(model, config, name) for name in names}
+    stacks = _stacks(model)
+    targets = {name: target_of(model, config, name, stacks) for name in names}
     _refuse_idle_ranks(config, targets)
     return targets
 
 
-def target_of(model: nn.Module, config: ReftConfig, name: str) -> Target:
-    """A module as a target.
+def target_of(
+    model: nn.Module, config: ReftConfig, name: str, stacks: dict[str, nn.ModuleList] | None = None
+) -> Target:
+    """A module as a target. `stacks` are the lists of blocks of the model, where they are known.
 
     Raises:
         ValueError: when its width can't be told, is below its rank, or is not the one that the adapter was saved for.
     """
     stack, _, index = name.rpartition(".")
-    is_block = index.isdigit() and stack in _stacks(model)
+    is_block = index.isdigit() and stack in (_stacks(model) if stacks is None else stacks)
     target = Target(name, _width(model, name, is_block), config.rank_of(name), is_block)
     _check_width(config, target)
     return target
