@@ -46,23 +46,35 @@ class Bases:
 
     def orthonormal(self) -> dict[str, nn.Parameter]:
         """Those whose rows are to be orthonormal."""
-        return {
-            name: basis
-            for name, basis in self._parameters.items()
-            if INTERVENTIONS[self._configs[name].intervention].orthonormal and not basis.is_meta
-        }
+        return {name: basis for name, basis in self._parameters.items() if self._is_orthonormal(name, basis)}
+
+    def _is_orthonormal(self, name: str, basis: nn.Parameter) -> bool:
+        return INTERVENTIONS[self._configs[name].intervention].orthonormal and not basis.is_meta
 
     def stale(self) -> dict[str, nn.Parameter]:
         """Those of them that something has changed since, but for what an engine keeps."""
-        return {
+        # Asked for every layer in every forward: past ParameterDict's own ways, and what is likeliest to rule one out first.
+        clean = self._clean
+        changed = {
             name: basis
-            for name, basis in self.orthonormal().items()
-            if self._clean.get(name) != _state(basis) and not sharding.is_kept(basis)
+            for name, basis in self._parameters._parameters.items()
+            if basis is not None and clean.get(name) != _state(basis) and self._is_orthonormal(name, basis)
         }
+        if changed and sharding.is_distributed():
+            return {name: basis for name, basis in changed.items() if not sharding.is_kept(basis)}
+        return changed
+
+    def mark_stepped(self, stepped: set[int]) -> None:
+        """Note a step of parameters with these ids."""
+        for name, basis in self._parameters._parameters.items():
+            if id(basis) in stepped:
+                self.mark_stale(name)
 
     def mark_clean(self, adapter_name: str) -> None:
         """Note that the rows are orthonormal."""
-        self._clean[adapter_name] = _state(self._parameters[adapter_name])
+        basis = self._parameters._parameters[adapter_name]
+        assert basis is not None
+        self._clean[adapter_name] = _state(basis)
 
     def mark_stale(self, adapter_name: str) -> None:
         """Note a change that the version counter may not show."""
@@ -124,17 +136,24 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
     """Hook of all optimizers."""
     _watching[:] = [known for known in _watching if known() is not None]
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    distributed = sharding.is_distributed()
     kept = []
-    for context in [known() for known in _watching]:
-        for layer in context.layers if context is not None else ():
-            for name, basis in layer.bases.orthonormal().items():
-                if sharding.is_kept(basis):
-                    # DeepSpeed's optimizers step parameters of its own.
-                    if id(basis) in stepped or (basis.requires_grad and sharding.is_in_zero(basis)):
-                        kept.append(basis)
-                elif id(basis) in stepped:
-                    layer.bases.mark_stale(name)
+    for context in [context for known in _watching if (context := known()) is not None]:
+        context.forget_weights()
+        for layer in context.layers:
+            if distributed:
+                kept += _kept_and_stepped(layer, stepped)
+            layer.bases.mark_stepped(stepped)
     sharding.retract(kept)
+
+
+def _kept_and_stepped(layer: ReftLayer, stepped: set[int]) -> list[nn.Parameter]:
+    """The bases of a layer that an engine keeps, and has stepped. DeepSpeed's optimizers step parameters of its own."""
+    return [
+        basis
+        for basis in layer.bases.orthonormal().values()
+        if sharding.is_kept(basis) and (id(basis) in stepped or (basis.requires_grad and sharding.is_in_zero(basis)))
+    ]
 
 
 register_optimizer_step_post_hook(_after_step)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .checks import Checks
 from .config import ANSWERING, ReftConfig
 from .positions import PositionSpec, first_and_last, masks_from_intervention_mask
 from .prompts import (
@@ -155,7 +156,7 @@ class Located:
     prompt_BS: Tensor | None = None
 
 
-def locate(rules: Rules, batch: Batch, training: bool) -> Located:
+def locate(rules: Rules, batch: Batch, training: bool, checks: Checks | None = None) -> Located:
     """The tokens that an adapter edits in a batch.
 
     What tells the prompts is, in this order: `intervention_mask` or `prompt_lengths`, the response template, labels.
@@ -165,28 +166,30 @@ def locate(rules: Rules, batch: Batch, training: bool) -> Located:
         rules (`Rules`): Those of the adapter.
         batch (`Batch`): The batch, whole: not the rest of a prompt whose start is in a cache.
         training (`bool`): Whether the model is trained on it, so that answers are among the tokens.
+        checks (`Checks`, *optional*): Where what has to be read from the device to be refused is noted. None: it is read at once.
 
     Raises:
         ValueError: when tensors do not fit the batch, and when it does not say where its prompts are, or has none.
     """
+    checks = checks or Checks(queueing=())
     if batch.intervention_mask is not None:
         first_BS, last_BS = masks_from_intervention_mask(
             batch.intervention_mask, batch.shape, rules.groups, batch.device
         )
         if training:
-            _refuse_empty(first_BS | last_BS, rules, "intervention_mask")
+            _refuse_empty(checks, rules, "intervention_mask", first_BS | last_BS)
         return Located(first_BS, last_BS, None, "intervention_mask")
     sequences = batch.sequences
-    prompts, source = _prompts(rules, batch, sequences, training)
+    prompts, source = _prompts(rules, batch, sequences, training, checks)
     first_BS, last_BS = first_and_last(prompts, rules.spec)
     if training and source != "all tokens":
-        _refuse_empty(first_BS | last_BS, rules, source, prompts.prompt_BS)
+        _refuse_empty(checks, rules, source, first_BS | last_BS, prompts.prompt_BS)
     elif source in ("labels", "prompt_lengths"):
-        _refuse_empty(prompts.prompt_BS, rules, source)
+        _refuse_empty(checks, rules, source, prompts.prompt_BS)
     return Located(first_BS, last_BS, prompts.runs, source, prompts.prompt_BS)
 
 
-def _prompts(rules: Rules, batch: Batch, sequences: Sequences, training: bool) -> tuple[Prompts, str]:
+def _prompts(rules: Rules, batch: Batch, sequences: Sequences, training: bool, checks: Checks) -> tuple[Prompts, str]:
     labels = batch.labels if rules.reads_labels else None
     if labels is not None:
         labels = as_batch("labels", labels, batch.shape, batch.device)
@@ -201,8 +204,10 @@ def _prompts(rules: Rules, batch: Batch, sequences: Sequences, training: bool) -
         ids_BS = batch.input_ids.to(batch.device)
         match_BS = rules.template.matches(ids_BS, sequences.start_BS)
         if training:
-            _refuse_missing(match_BS, sequences, labels)
-        end_BS = torch.isin(ids_BS, torch.tensor(rules.end_ids, device=batch.device, dtype=ids_BS.dtype))
+            _refuse_missing(checks, match_BS, sequences, labels)
+        end_BS = torch.zeros_like(match_BS)
+        for end_id in rules.end_ids:  # as numbers: a tensor of them would have to be copied to the device
+            end_BS |= ids_BS == end_id
         return by_responses(sequences, match_BS, end_BS, rules.every), "response_template"
     if labels is not None:
         return by_labels(sequences, labels, rules.every), "labels"
@@ -235,26 +240,38 @@ EMPTY = {
 }
 
 
-def _refuse_empty(edited_BS: Tensor, rules: Rules, source: str, prompt_BS: Tensor | None = None) -> None:
+def _refuse_empty(
+    checks: Checks, rules: Rules, source: str, edited_BS: Tensor, prompt_BS: Tensor | None = None
+) -> None:
     """A batch that is to be edited and has nothing to edit."""
-    if bool(edited_BS.any()):
-        return
-    cause = EMPTY[source]
-    if prompt_BS is not None and bool(prompt_BS.any()):
-        cause = f"by its {source}, no prompt has more than one token, too few for both first and last tokens"
-    raise ValueError(f"{rules}: the batch has no prompt tokens to edit: {cause}. {WAYS_OUT}.")
+
+    def error_for(numbers: list[int]) -> ValueError | None:
+        edited, prompted = numbers
+        if edited:
+            return None
+        cause = EMPTY[source]
+        if prompted:
+            cause = f"by its {source}, no prompt has more than one token, too few for both first and last tokens"
+        return ValueError(f"{rules}: the batch has no prompt tokens to edit: {cause}. {WAYS_OUT}.")
+
+    checks.require(torch.stack([edited_BS.any(), (edited_BS if prompt_BS is None else prompt_BS).any()]), error_for)
 
 
-def _refuse_missing(match_BS: Tensor, sequences: Sequences, labels: Tensor | None) -> None:
+def _refuse_missing(checks: Checks, match_BS: Tensor, sequences: Sequences, labels: Tensor | None) -> None:
     """A training sequence without the response template would be edited at the end of its answer."""
     missing_BS = sequences.real_BS & (total_within(match_BS & sequences.real_BS, sequences.start_BS) == 0)
     if labels is not None:  # a prompt cut off before its answer is harmless: nothing is learnt from it
         missing_BS &= total_within(labels != IGNORED_LABEL, sequences.start_BS) > 0
-    rows = missing_BS.any(dim=1).nonzero().flatten().tolist()
-    if rows:
-        raise ValueError(
-            f"response_template is not in row {rows[0]} of the training batch (rows without it: {len(rows)} of "
-            f"{match_BS.shape[0]}). Check it against the text of a prompt with peft_reft.explain_positions. Where a sequence "
-            "was cut off before its answer, allow more tokens or leave it out; or pass prompt_lengths [batch], which "
-            "peft_reft.PromptLengthsCollator(data_collator) adds."
+    missing_B = missing_BS.any(dim=1)
+
+    def error_for(numbers: list[int]) -> ValueError | None:
+        rows, first = numbers
+        if rows == 0:
+            return None
+        return ValueError(
+            f"response_template is not in row {first} of the training batch (rows without it: {rows} of {len(missing_B)}). Check it "
+            "against the text of a prompt with peft_reft.explain_positions. Where a sequence was cut off before its answer, allow "
+            "more tokens or leave it out; or pass prompt_lengths [batch], which peft_reft.PromptLengthsCollator(data_collator) adds."
         )
+
+    checks.require(torch.stack([missing_B.sum(), missing_B.int().argmax()]), error_for)

@@ -60,3 +60,14 @@ def unbind_checkpoints(modules: Iterable[nn.Module]) -> None:
             function = module.__dict__.get(name)
             if isinstance(function, BoundCheckpoint):
                 setattr(module, name, function.function)
+
+
+def checkpoints_reentrantly(module: nn.Module) -> bool:
+    """Whether a module checkpoints in the way that needs inputs with a gradient, as far as can be told: it is, if not told not to."""
+    for name in CHECKPOINT_FUNCTIONS:
+        function = module.__dict__.get(name)
+        if isinstance(function, BoundCheckpoint):
+            function = function.function
+        if function is not None and getattr(function, "keywords", {}).get("use_reentrant") is not False:
+            return True
+    return False

@@ -1,8 +1,8 @@
 """The bridge between a call of the model and its edited layers: one Selection per forward.
 
-This module knows how a call reaches a transformers model: the arguments of `forward`, the cache, and `generate`. It takes
-out what only ReFT reads (`prompt_lengths`, `intervention_mask`, `subspaces`), has batch.py and generation.py find the tokens
-to edit, and keeps the result where the layers look it up for as long as the call lasts.
+This module knows how a call reaches a transformers model, and its layers. It takes out what only ReFT reads (`prompt_lengths`,
+`intervention_mask`, `subspaces`), has selecting.py find the tokens to edit and weights.py prepare what to edit them with, and keeps
+the result where the layers look it up for as long as the call lasts.
 
 An encoder-decoder model has two streams of tokens. Its encoder's are found when the encoder is called, which `generate` does
 outside any forward of the model; its decoder's when the model is.
@@ -12,43 +12,32 @@ from __future__ import annotations
 
 import inspect
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import sharding
-from .arguments import (
-    cache_length,
-    forward_batch,
-    given_prompts,
-    main_input,
-    refuse_several,
-    refuse_unknown_prompts,
-)
+from .arguments import given_prompts, main_input, refuse_unknown_prompts
+from .backward_stop import BackwardStop
 from .bases import retract_before_forward, watch_steps
-from .batch import Batch, Rules, locate
+from .batch import Rules
 from .checkpointing import bind_checkpoints, unbind_checkpoints
 from .config import ReftConfig
 from .generation import Generation
 from .layer import ReftLayer
 from .loading import check_state_dict, check_weights
 from .mixed import MixedBatch
-from .positions import Selection, places, round_up, select
-from .subspaces import kept_directions
+from .plan import Job, Jobs, plan, with_own_weights
+from .positions import Selection
+from .selecting import Call, Selector
 from .targets import encoder_of
+from .weights import Prepared, PreparedWeights, can_be_prepared, needs_gradient
 
 
 TOLD = ("prompt_lengths", "intervention_mask", "subspaces")
-UNTOLD_EVALUATION = (
-    "A batch without labels is evaluated after training on batches with them: all its tokens are taken for prompt, and the last "
-    "of them are edited. If it holds answers, that is not what training edited. Set response_template in ReftConfig, or pass "
-    "prompt_lengths, for both to agree."
-)
 
 
 class _CallState(threading.local):
@@ -57,9 +46,13 @@ class _CallState(threading.local):
     mixed: MixedBatch | None = None
     generation: Generation | None = None
     told: dict[str, Any] | None = None
-    # By adapter, and whether in the encoder of an encoder-decoder model.
-    selections: dict[tuple[str, bool], Selection | None] | None = None
+    jobs: Jobs | None = None  # None: no forward is running
+    recomputed: Jobs | None = None  # the same, for what runs in it and again in backward
     encoder_alone: bool = False
+
+    def clear(self) -> None:
+        """The forward is over."""
+        self.jobs = self.recomputed = self.told = None
 
 
 class ForwardContext:
@@ -77,7 +70,9 @@ class ForwardContext:
         self._configs: dict[str, ReftConfig] = {}
         self._sides: dict[str, set[bool]] = {}  # whether an adapter edits the encoder, the rest, or both
         self._stacks: list[nn.ModuleList] = []  # the lists that edited blocks stand in
-        self._saw_labels = False
+        self._selector = Selector()
+        self._prepared = PreparedWeights()
+        self._stop = BackwardStop()
         self._checked: dict[str, int] = {}  # the basis that an adapter had when its weights were last known to be good
         self._state = _CallState()
         self._handles: list[Any] = []
@@ -139,23 +134,42 @@ class ForwardContext:
             handle.remove()
         self._handles.clear()
         unbind_checkpoints(model.modules())
+        self._stop.remove()
         model.__dict__.pop("generate", None)
 
-    def selection(self, adapter_name: str, layer: ReftLayer) -> Selection | None:
-        """The Selection of the running forward for an adapter, None where it has nothing to edit.
+    def jobs(self, layer: ReftLayer) -> tuple[Job, ...]:
+        """What a layer has to do in the running forward.
 
         Raises:
             RuntimeError: when no forward of the model is running, so that the tokens to edit are unknown.
         """
-        selections = self._state.selections
-        if selections is None or (adapter_name, layer.in_encoder) not in selections:
+        jobs = self._state.jobs
+        if jobs is None:
+            jobs = self._jobs_outside(layer)
+        return jobs.get(layer.name, ())
+
+    def _jobs_outside(self, layer: ReftLayer) -> Jobs:
+        """The jobs of a layer that runs by itself, which is possible where all tokens are edited."""
+        jobs = plan([layer], {}, {}, self.mixed)
+        if any(layer.needs_selection(job.adapter_name) for job in jobs.get(layer.name, ())):
             raise RuntimeError(
                 f"{layer.name!r} ran without a Selection: it was called outside a forward of the whole model, so ReFT can't "
                 "know which tokens to edit. Call the PeftModel (or its base model), not a part of it. If the call came "
                 "from the backward pass of activation checkpointing, leave target_modules out: whole blocks are edited "
                 "outside the part that is recomputed."
             )
-        return selections[adapter_name, layer.in_encoder]
+        return jobs
+
+    def forget_weights(self) -> None:
+        """What has been prepared of the weights may not be what they are."""
+        self._prepared.forget()
+
+    def settle_checks(self) -> None:
+        """
+        Raises:
+            ValueError: for what an earlier batch on a GPU is refused for.
+        """
+        self._selector.checks.settle()
 
     # -- mixed batches -----------------------------------------------------------------------------------------------
 
@@ -203,20 +217,27 @@ class ForwardContext:
     # and its result, index tensors of few different shapes, is an input to the compiled layers.
 
     @torch.compiler.disable
-    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _before_forward(
+        self, model: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        state, generation = self._state, self._state.generation
+        if generation is not None and generation.rests_in_decoding and generation.decodes(kwargs):
+            state.jobs = {}
+            return None
         arguments = {**dict(zip(self.parameters, args)), **kwargs}
         told = {key: arguments[key] for key in TOLD if arguments.get(key) is not None}
-        generation = self._state.generation
-        self._state.told = told or (generation.told if generation is not None else {})
-        self._state.selections = {}
+        state.told = told or (generation.told if generation is not None else {})
+        state.jobs = {}
+        self.settle_checks()
         self._settle_weights(model)
         if model.training:
             bind_checkpoints(self._around_edits(model), self._remember)
+            self._stop.watch(model)
         self._refuse_stray_subspaces(told)
         if self.mixed is not None:
             first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             self.mixed.refuse_other_size(first.shape[0], repeated=generation is not None)
-        self._select_all(arguments, model.training, in_encoder=False)
+        self._plan(arguments, model.training, in_encoder=False)
         if generation is not None:
             generation.advance()
         return args, {key: value for key, value in kwargs.items() if key not in TOLD}
@@ -230,29 +251,26 @@ class ForwardContext:
 
     @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
-        self._state.selections = None
-        self._state.told = None
+        self._state.clear()
 
     @torch.compiler.disable
     def _before_encoder(self, encoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._state.encoder_alone = self._state.selections is None  # as generate calls it
-        if self._state.selections is None:
-            self._state.selections = {}
-            generation = self._state.generation
-            self._state.told = generation.told if generation is not None else {}
+        state = self._state
+        state.encoder_alone = state.jobs is None  # as generate calls it
+        if state.jobs is None:
+            state.jobs = {}
+            state.told = state.generation.told if state.generation is not None else {}
             self._settle_weights(encoder)
-        self._select_all({**dict(zip(self.encoder_parameters, args)), **kwargs}, encoder.training, in_encoder=True)
+        self._plan({**dict(zip(self.encoder_parameters, args)), **kwargs}, encoder.training, in_encoder=True)
 
     @torch.compiler.disable
     def _after_encoder(self, encoder: nn.Module, args: tuple, output: Any) -> None:
         if self._state.encoder_alone:
-            self._state.selections = None
-            self._state.told = None
+            self._state.clear()
 
-    def _select_all(self, arguments: dict[str, Any], training: bool, in_encoder: bool) -> None:
-        """Note the Selection of every adapter in use that needs one."""
-        selections = self._state.selections
-        assert selections is not None
+    def _plan(self, arguments: dict[str, Any], training: bool, in_encoder: bool) -> None:
+        """Find what every adapter edits, prepare the weights of those that have something to edit, and note each layer's part."""
+        state, selections = self._state, {}
         in_use = self._in_use(in_encoder)
         if in_use and sharding.is_distributed():
             sharding.refuse_split_sequences()
@@ -261,12 +279,45 @@ class ForwardContext:
             groups = None if config.subspaces is None else tuple(config.subspaces.items())
             kind = (self.rules[name], groups)
             if kind not in by_rules:
-                by_rules[kind] = self._select(name, config, arguments, training, in_encoder)
+                call = self._call(name, arguments, training, in_encoder)
+                by_rules[kind] = self._selector.select(self.rules[name], config.subspaces, call)
             selection = by_rules[kind]
             if self.mixed is not None and selection is not None:
                 rows, device = selection.edited_BS.shape[0], selection.edited_BS.device
-                selection = selection.of_rows(self.mixed.rows(name, rows, device))
+                selection = selection.in_rows(self.mixed.rows(name, rows, device))
             selections[name, in_encoder] = selection
+        layers = [layer for layer in self.layers if layer.in_encoder == in_encoder]
+        prepared = {
+            name: found
+            for name in self._active()
+            if (name not in in_use or selections[name, in_encoder] is not None)
+            and (found := self._prepared_weights(layers, name, in_graph=name in in_use)) is not None
+        }
+        assert state.jobs is not None
+        state.jobs.update(plan(layers, selections, prepared, self.mixed))
+        state.recomputed = None
+
+    def _call(self, name: str, arguments: dict[str, Any], training: bool, in_encoder: bool) -> Call:
+        """A call as the rules of an adapter see it."""
+        told, prefix = self._state.told or {}, ""
+        if self.encoder_parameters and not in_encoder:
+            prefix = "decoder_"
+            if True in self._sides[name]:  # what is told of prompts is about the encoder's tokens, if it edits any
+                told = {key: value for key, value in told.items() if key == "subspaces"}
+        return Call(arguments, told, training, self._state.generation, prefix, in_encoder)
+
+    def _prepared_weights(self, layers: list[ReftLayer], name: str, in_graph: bool) -> tuple[Prepared, bool] | None:
+        """The weights of an adapter for the forward, and whether they have a gradient. None: each layer reads its own.
+
+        They are a part of the graph only where edits depend on the token: others run in whatever a user may checkpoint by himself,
+        and in its recompute, outside any forward, each layer reads its own weights. The two would not save the same tensors.
+        """
+        layers = [layer for layer in layers if name in layer.reft_R]
+        if not layers or not can_be_prepared(layers, name):
+            return None
+        if not torch.is_grad_enabled() or not any(needs_gradient(layer, name) for layer in layers):
+            return self._prepared.of(layers, name), False
+        return (Prepared(layers, name), True) if in_graph else None
 
     def _active(self) -> dict[str, ReftConfig]:
         """The adapters that are switched on, or that the examples of a mixed batch use, by name."""
@@ -286,78 +337,20 @@ class ForwardContext:
             and (not self.rules[name].spec.all_tokens or config.subspaces is not None)
         }
 
-    def _select(
-        self, name: str, config: ReftConfig, arguments: dict[str, Any], training: bool, in_encoder: bool
-    ) -> Selection | None:
-        """The Selection of an adapter in a call with these arguments."""
-        rules, generation = self.rules[name], self._state.generation
-        told = self._state.told or {}
-        if in_encoder:
-            rules = replace(rules, reads_labels=False)
-        elif not rules.spec.all_tokens and generation is not None and generation.decodes(arguments):
-            return None
-        if self.encoder_parameters and not in_encoder and True in self._sides[name]:
-            told = {}  # what is told of an encoder-decoder model's prompts is about its encoder's tokens, if it edits any
-        batch = forward_batch(rules, arguments, told, "decoder_" if self.encoder_parameters and not in_encoder else "")
-        training = training and generation is None
-        selection: Selection | None
-        if rules.spec.all_tokens:
-            everything_BS = torch.ones(batch.shape, dtype=torch.bool, device=batch.device)
-            selection = Selection(everything_BS, None, None)
-        elif in_encoder:
-            selection = self._select_in_batch(rules, batch, training)
-        else:
-            past = cache_length(rules, arguments, generation)
-            if generation is not None:
-                selection = generation.select(rules, batch, past)
-            elif past > 0 and batch.told is None:
-                refuse_several(batch, past)
-                selection = None  # a decode step
-            else:
-                selection = self._select_in_batch(rules, batch, training, past)
-        if selection is None or config.subspaces is None:
-            return selection
-        given = (self._state.told or {}).get("subspaces")
-        return replace(selection, kept_TR=_kept(config.subspaces, given, batch, generation, training))
-
-    def _select_in_batch(self, rules: Rules, batch: Batch, training: bool, past: int = 0) -> Selection:
-        """The tokens of a batch, or, where it continues a cache of `past` tokens and its prompts are told, of the rest."""
-        if past > 0 and batch.intervention_mask is None:
-            whole = (batch.shape[0], past + batch.shape[1])
-            located = locate(
-                rules,
-                Batch(
-                    whole,
-                    batch.device,
-                    attention_mask=batch.attention_mask,
-                    prompt_lengths=batch.prompt_lengths,
-                ),
-                training,
-            )
-        else:
-            past, located = 0, locate(rules, batch, training)
-        if located.source == "labels":
-            self._saw_labels |= training
-        elif located.source == "all tokens" and rules.reads_labels and self._saw_labels:
-            self._saw_labels = False  # say it once
-            warnings.warn(UNTOLD_EVALUATION)
-        limit = None
-        if located.runs is not None:
-            packed = located.runs != batch.shape[0]
-            limit = places(rules.spec, rules.groups, round_up(located.runs) if packed else located.runs)
-        return select(located.first_BS[:, past:], located.last_BS[:, past:], rules.groups, limit)
-
     def _remember(self) -> Callable[[], AbstractContextManager]:
-        """For a recompute in backward: a context in which this forward's selections hold."""
-        selections = self._state.selections
+        """For what is checkpointed, which runs now and again in backward: a context in which this forward's plan holds. Its
+        layers read their own weights: what is prepared for all is a part of the graph outside."""
+        if self._state.recomputed is None:
+            self._state.recomputed = with_own_weights(self._state.jobs or {})
+        recomputed = self._state.recomputed
 
         @contextmanager
         def as_in_this_forward() -> Iterator[None]:
-            before, self._state.selections = self._state.selections, selections
+            before, self._state.jobs = self._state.jobs, recomputed
             try:
                 yield
             finally:
-                self._state.selections = before
+                self._state.jobs = before
 
         return as_in_this_forward
 
@@ -381,8 +374,9 @@ class ForwardContext:
             refuse_unknown_prompts(model, kwargs)
             # What an encoder-decoder model is given goes to its encoder, and is no prompt of its decoder.
             prompts = None if self.encoder_parameters else given_prompts(model, args, kwargs, told)
+        rests = bool(in_use) and not any(self.rules[name].spec.all_tokens for name in self._active())
         before = self._state.generation
-        self._state.generation = Generation(told, rows, prompts)
+        self._state.generation = Generation(told, rows, prompts, rests_in_decoding=rests)
         try:
             yield kwargs
         finally:
@@ -407,21 +401,3 @@ class _Generate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.context.generating(self.model, args, kwargs) as passed:
             return type(self.model).generate(self.model, *args, **passed)
-
-
-def _kept(
-    groups: dict[str, int], given: Any, batch: Batch, generation: Generation | None, training: bool
-) -> Tensor | None:
-    """The directions that each token's example uses, [T, R]. None: all of them, where nothing is said."""
-    if given is None:
-        if training:
-            raise ValueError(
-                f"The adapter has subspaces ({', '.join(groups)}), and the training batch does not say which its examples use. "
-                "Pass subspaces [batch] with it: numbers of groups, or names."
-            )
-        return None
-    if generation is None:
-        kept_QR = kept_directions(given, groups, batch.sequences.count, batch.device)
-        return batch.sequences.spread(kept_QR).flatten(0, 1)
-    kept_QR = kept_directions(given, groups, generation.rows, batch.device)
-    return kept_QR.repeat_interleave(batch.shape[0] // generation.rows * batch.shape[1], dim=0)

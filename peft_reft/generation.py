@@ -25,11 +25,13 @@ class Generation:
         rows (`int`): How many prompts it was given.
         prompts (`Batch`, *optional*): The tokens that it was given, None while they are not known: a decoder's prompt,
             in an encoder-decoder model, is what its first forward is fed.
+        rests_in_decoding (`bool`): Whether no adapter edits anything in a decode step.
     """
 
     told: dict[str, Any]
     rows: int
     prompts: Batch | None = None
+    rests_in_decoding: bool = False
     fed: int = 0  # columns that earlier forwards were fed
     _reached: int = 0
     _located: dict[Rules, Located] = field(default_factory=dict)

@@ -14,13 +14,15 @@ Every edit adds a combination of the r rows of R to a hidden state h, h + Rᵀc,
 | consreft | b − Rh             | orthonormal | pyreft                                               |
 | lobireft | b                  | orthonormal | pyreft                                               |
 
-Dimensions: G groups of weights, N rows to edit, R rank, D width of the hidden state.
+Dimensions: G groups of weights, R rank, Q = G · R directions of all groups, T rows to edit, D width of the hidden state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import repeat
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,31 +65,84 @@ def activation(name: str | None) -> Callable[[Tensor], Tensor] | None:
     return None if name in (None, "linear") else ACT2FN[name]
 
 
-def edit_coefficients(
-    intervention: Intervention,
-    h_GND: Tensor,
-    R_GRD: Tensor,
-    W_GRD: Tensor | None,
-    b_GR: Tensor | None,
-    act: Callable[[Tensor], Tensor] | None,
-) -> Tensor:
-    """c in h + Rᵀc, for each row.
+class EditWeights(NamedTuple):
+    """The weights of an edit as it reads them, of one layer or, with a dimension in front, of several.
+
+    Groups stand side by side, so that the tokens of all are edited by the same few products. What a token has to do with the
+    directions of another group than its own is left out afterwards.
 
     Args:
-        h_GND (`torch.Tensor`): [G, N, D], the hidden states to edit.
-        R_GRD (`torch.Tensor`): [G, r, D], the subspace, a direction in each row.
-        W_GRD (`torch.Tensor`, *optional*): [G, r, D], for the edits that read h.
-        b_GR (`torch.Tensor`, *optional*): [G, r], the bias, or the source itself.
+        R_QD (`torch.Tensor`): [Q, D], the directions of all groups, Q = G · r.
+        source_DP (`torch.Tensor`, *optional*): [D, P], all that h is projected on: P is Q, or 2Q where an activation function keeps
+            Wh and Rh apart.
+        bias_P (`torch.Tensor`, *optional*): [P].
+    """
+
+    R_QD: Tensor
+    source_DP: Tensor | None
+    bias_P: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        intervention: Intervention,
+        R_GRD: Tensor,
+        W_GRD: Tensor | None,
+        b_GR: Tensor | None,
+        act: Callable[[Tensor], Tensor] | None,
+    ) -> EditWeights:
+        """Those of an edit with these parameters.
+
+        Args:
+            intervention (`Intervention`): The edit.
+            R_GRD, W_GRD, b_GR (`torch.Tensor`): Its parameters; None for those that it does not have.
+            act: Activation function of the source, None for the identity.
+        """
+        source_GRD, bias_GR = (W_GRD, b_GR) if act else affine_source(intervention, R_GRD, W_GRD, b_GR)
+        R_QD = R_GRD.flatten(-3, -2)
+        source_PD = None if source_GRD is None else source_GRD.flatten(-3, -2)
+        bias_P = None if bias_GR is None else bias_GR.flatten(-2)
+        if act is not None and intervention.replaces and source_PD is not None:
+            bias_P = None if bias_P is None else nn.functional.pad(bias_P, (0, source_PD.shape[-2]))
+            source_PD = torch.cat([source_PD, R_QD], dim=-2)
+        return cls(R_QD, None if source_PD is None else source_PD.mT, bias_P)
+
+    def to(self, dtype: torch.dtype) -> EditWeights:
+        """The same in another dtype."""
+        return EditWeights(*(None if t is None else t.to(dtype) for t in self))  # type: ignore[arg-type]
+
+    def unbind(self) -> list[EditWeights]:
+        """Those of each of several layers."""
+        return list(map(EditWeights, *(repeat(None) if t is None else t.unbind() for t in self)))
+
+
+def coefficients(
+    intervention: Intervention, h_TD: Tensor, weights: EditWeights, act: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    """c in h + Rᵀc, for each row and the directions of all groups.
+
+    Args:
+        intervention (`Intervention`): The edit.
+        h_TD (`torch.Tensor`): [T, D], the hidden states to edit, in the dtype of the weights.
+        weights (`EditWeights`): Those of the edit, made with the same `act`.
         act: Activation function of the source, None for the identity.
 
     Returns:
-        `torch.Tensor`: [G, N, r], in the dtype of the weights.
+        `torch.Tensor`: [T, Q], in the dtype of the weights.
     """
+    source_DP, bias_P = weights.source_DP, weights.bias_P
+    if source_DP is None:
+        assert bias_P is not None
+        return bias_P.expand(h_TD.shape[0], -1)
+    projected_TP = h_TD.mm(source_DP)
+    if bias_P is not None:
+        projected_TP.add_(bias_P)  # quicker on a CPU than addmm, forward and backward
     if act is None:
-        M_GRD, b_GR = affine_source(intervention, R_GRD, W_GRD, b_GR)
-        return _affine(h_GND, M_GRD, b_GR)
-    source_GNR = act(_affine(h_GND, W_GRD, b_GR))
-    return source_GNR - h_GND @ R_GRD.mT if intervention.replaces else source_GNR
+        return projected_TP
+    if not intervention.replaces:
+        return act(projected_TP)
+    directions = weights.R_QD.shape[0]
+    return act(projected_TP[:, :directions]) - projected_TP[:, directions:]
 
 
 def affine_source(
@@ -100,13 +155,6 @@ def affine_source(
     if not intervention.replaces:
         return W_GRD, b_GR
     return -R_GRD if W_GRD is None else W_GRD - R_GRD, b_GR
-
-
-def _affine(h_GND: Tensor, M_GRD: Tensor | None, b_GR: Tensor | None) -> Tensor:
-    if M_GRD is None:
-        assert b_GR is not None
-        return b_GR[:, None].expand(-1, h_GND.shape[1], -1)
-    return h_GND @ M_GRD.mT if b_GR is None else torch.baddbmm(b_GR[:, None], h_GND, M_GRD.mT)
 
 
 def initialize(

@@ -9,8 +9,7 @@ Dimensions: B rows of the batch, S tokens, T = B * S, G groups of weights, N tok
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -19,22 +18,24 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import nested, rotation
+from . import nested
 from .bases import Bases, retract_stale
 from .config import ReftConfig
-from .interventions import INTERVENTIONS, WEIGHT_DTYPES, activation, edit_coefficients, initialize
+from .editing import Edit, delta, edit_rows
+from .interventions import INTERVENTIONS, WEIGHT_DTYPES, EditWeights, Intervention, activation, initialize
 from .merging import MergedEdit, merge_edit, obstacle, unmerge_edit
-from .mixed import MixedBatch
+from .plan import Job
 from .positions import Selection
 
 
 class SelectionSource(Protocol):
     """What a layer needs of the ForwardContext."""
 
-    @property
-    def mixed(self) -> MixedBatch | None: ...
+    def jobs(self, layer: ReftLayer) -> tuple[Job, ...]: ...
 
-    def selection(self, adapter_name: str, layer: ReftLayer) -> Selection | None: ...
+    def forget_weights(self) -> None: ...
+
+    def settle_checks(self) -> None: ...
 
 
 class ReftLayer(nn.Module, BaseTunerLayer):
@@ -79,8 +80,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.reft_b = nn.ParameterDict()
         self.reft_dropout = nn.ModuleDict()  # modules, for trainers that look for them to switch them off
         self.reft_config: dict[str, ReftConfig] = {}
+        self._interventions: dict[str, Intervention] = {}
         self._act: dict[str, Any] = {}
-        self._all_tokens: dict[str, bool] = {}  # of the spec, which a forward, maybe a compiled one, should not parse
+        self._all_tokens: dict[str, bool] = {}
         self.merged_adapters = []  # the class has a list that all layers would share
         self._merged: list[MergedEdit] = []
         self.bases = Bases(self.reft_R, self.reft_config)
@@ -113,7 +115,13 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Casts and moves of the model, which change the parameters' data past their version counters."""
         self.bases.mark_all_stale()
+        self.context.forget_weights()
         return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> Any:
+        """A model goes from training to evaluation, and back, about where averaged weights are swapped in by way of `data`."""
+        self.context.forget_weights()
+        return super().train(mode)
 
     # -- adapters ----------------------------------------------------------------------------------------------------
 
@@ -129,6 +137,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         intervention = INTERVENTIONS[config.intervention]
         shape = (config.groups, rank, width)
         self.reft_config[adapter_name] = config
+        self._interventions[adapter_name] = intervention
         self._act[adapter_name] = activation(config.act_fn)
         self._all_tokens[adapter_name] = config.spec.all_tokens
         self.reft_R[adapter_name] = nn.Parameter(torch.empty(shape, dtype=torch.float32))
@@ -144,13 +153,26 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def edit(self, adapter_name: str) -> Edit:
+        """The edit of an adapter."""
+        return Edit(self._interventions[adapter_name], self._act[adapter_name], self.dropout(adapter_name))
+
+    def dropout(self, adapter_name: str) -> float:
+        """The part of edited states that is dropped, as it is switched now."""
+        dropout = self.reft_dropout._modules[adapter_name]
+        assert isinstance(dropout, nn.Dropout)
+        return dropout.p if dropout.training else 0.0
+
+    def needs_selection(self, adapter_name: str) -> bool:
+        """Whether which rows an adapter edits, or in which directions, depends on the batch."""
+        return not self._all_tokens[adapter_name] or self.reft_config[adapter_name].subspaces is not None
+
     def weights(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter | None, nn.Parameter | None]:
         """R, W and b of an adapter, where it has them."""
-
-        def get(weights: nn.ParameterDict) -> nn.Parameter | None:
-            return weights[adapter_name] if adapter_name in weights else None
-
-        return self.reft_R[adapter_name], get(self.reft_W), get(self.reft_b)
+        # Past ParameterDict's own ways, which take their time: this is asked for every layer in every step.
+        R, W, b = (weights._parameters.get(adapter_name) for weights in (self.reft_R, self.reft_W, self.reft_b))
+        assert R is not None
+        return R, W, b
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Follow the wrapped module to its device, but not to its dtype: the weights stay float32."""
@@ -170,12 +192,12 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def keep_weights(self) -> None:
         """Take back weights that accelerate has offloaded along with the model. Its hooks load the parameters of a module
         when the module is called, and the dicts that hold these never are. They are small, and stay on the device."""
-        offloaded = [weights for weights in (self.reft_R, self.reft_W, self.reft_b) if "_hf_hook" in vars(weights)]
-        for weights in offloaded:
+        if "_hf_hook" not in vars(self.reft_R):  # with a hook on one of the dicts there is one on each
+            return
+        for weights in (self.reft_R, self.reft_W, self.reft_b):
             remove_hook_from_module(weights)
-        if offloaded:
-            for adapter_name in self.reft_R:
-                self._move_adapter_to_device_of_base_layer(adapter_name)
+        for adapter_name in self.reft_R:
+            self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def cast_adapter_as_base(self, adapter_name: str) -> None:
         """Give the weights of an adapter the dtype in which the wrapped module keeps its own, if it is one to compute in."""
@@ -186,6 +208,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
+        self._interventions.pop(adapter_name, None)
         self._act.pop(adapter_name, None)
         self._all_tokens.pop(adapter_name, None)
         self.bases.mark_stale(adapter_name)
@@ -239,10 +262,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     # -- forward -----------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        output = self.base_layer(*args, **kwargs)
-        if self.disable_adapters or self.merged:
+        jobs = self.context.jobs(self)
+        output = self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]  # without the search of __getattr__
+        if not jobs:
             return output
         h = output[0] if isinstance(output, tuple) else output
         if not isinstance(h, Tensor):
@@ -253,50 +275,40 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         # The output of a block is edited in place, which saves a copy and lets whoever has taken hold of the hidden
         # state see the edit: transformers collects `hidden_states` with hooks on the wrapped block. Autograd allows it
         # for any operation that does not keep its own result, and says so when one does.
-        passed_through = any(h is argument for argument in (*args, *kwargs.values()))
-        owned = self.is_block and not passed_through and _may_be_written(h)
-        mixed = self.context.mixed
-        for adapter_name in self.active_adapters if mixed is None else mixed.adapters:
-            if adapter_name in self.reft_R:
-                edited = self._edit(h, adapter_name, in_place=owned)
-                owned, h = owned or edited is not h, edited
+        owned = (
+            self.is_block and _may_be_written(h) and not any(h is argument for argument in (*args, *kwargs.values()))
+        )
+        for job in jobs:
+            edited = (self._edit_all if job.rows is None else self._edit)(h, job, in_place=owned)
+            owned, h = owned or edited is not h, edited
         return (h, *output[1:]) if isinstance(output, tuple) else h
 
-    def _edit(self, h: Tensor, adapter_name: str, in_place: bool) -> Tensor:
-        """Edit the selected rows of h [..., D]. Returns h itself, or a copy where it may not be written to."""
-        all_tokens = self._all_tokens[adapter_name]
-        selection = None
-        if not all_tokens or self.reft_config[adapter_name].subspaces is not None:
-            selection = self.context.selection(adapter_name, self)
-            if selection is None:  # a decode step
-                return h
-            self._check_shape(h, selection)
-            selection = selection.to(h.device)
-        if all_tokens:
-            return self._edit_all(h, adapter_name, in_place, None if selection is None else selection.kept_TR)
-        assert selection is not None and selection.index_GN is not None and selection.spare_GN is not None
-        h_TD, index_GN = h.flatten(0, -2), selection.index_GN
-        kept_GNR = None if selection.kept_TR is None else selection.kept_TR[index_GN]
-        delta_GND = self._delta(h_TD[index_GN], adapter_name, kept_GNR)
-        delta_GND = delta_GND.masked_fill(selection.spare_GN[..., None], 0.0)
-        # Adding, not assigning: spare places add 0 to a token that another place edits.
-        edit = h_TD.index_add_ if in_place else h_TD.index_add
-        return edit(0, index_GN.flatten(), delta_GND.flatten(0, 1)).view(h.shape)
+    def _edit(self, h: Tensor, job: Job, in_place: bool) -> Tensor:
+        """Edit the selected rows of h [B, S, D] or [T, D]. Returns h itself, or a copy where it may not be written to."""
+        assert job.selection is not None and job.rows is not None
+        if h.shape[:-1] != job.selection.edited_BS.shape:
+            self._check_shape(h, job.selection)
+        if not (in_place and h.is_contiguous()):
+            h = h.clone(memory_format=torch.contiguous_format)
+        return edit_rows(h, job.rows, job.edit, job.weights(self, h.dtype))
 
-    def _edit_all(self, h: Tensor, adapter_name: str, in_place: bool, kept_TR: Tensor | None) -> Tensor:
+    def _edit_all(self, h: Tensor, job: Job, in_place: bool) -> Tensor:
         """Edit every row of h [..., D], or, in a mixed batch, of the examples that use the adapter."""
-        mixed = self.context.mixed
-        if mixed is None:
+        unused_TR, weights = None, job.weights(self, h.dtype)
+        if job.selection is not None:
+            self._check_shape(h, job.selection)
+            kept_TR = job.selection.to(h.device).kept_TR
+            unused_TR = None if kept_TR is None else ~kept_TR
+        if job.mixed is None:
             # Backward reads the states as they were before the edit.
             before = h.clone() if in_place and torch.is_grad_enabled() else h
-            delta = self._delta(before.reshape(1, -1, h.shape[-1]), adapter_name, kept_TR).view(h.shape)
-            return h.add_(delta) if in_place else h + delta
-        rows = mixed.rows(adapter_name, h.shape[0], h.device)
-        if kept_TR is not None:
-            kept_TR = kept_TR.view(*h.shape[:-1], -1)[rows].flatten(0, -2)
-        own = h[rows]
-        delta = self._delta(own.reshape(1, -1, h.shape[-1]), adapter_name, kept_TR).view(own.shape)
-        return h.index_add_(0, rows, delta) if in_place else h.index_add(0, rows, delta)
+            added = _delta_of_all(before, job.edit, weights, unused_TR)
+            return h.add_(added) if in_place else h + added
+        rows = job.mixed.rows(job.adapter_name, h.shape[0], h.device)
+        if unused_TR is not None:
+            unused_TR = unused_TR.view(*h.shape[:-1], -1)[rows].flatten(0, -2)
+        added = _delta_of_all(h[rows], job.edit, weights, unused_TR)
+        return h.index_add_(0, rows, added) if in_place else h.index_add(0, rows, added)
 
     def _check_shape(self, h: Tensor, selection: Selection) -> None:
         rows, width = selection.edited_BS.shape
@@ -307,23 +319,10 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 "positions='all'."
             )
 
-    def _delta(self, h_GND: Tensor, adapter_name: str, kept_GNR: Tensor | None) -> Tensor:
-        """What the edit adds to the rows h_GND, in their dtype. `kept_GNR` marks the directions that a row uses."""
-        config = self.reft_config[adapter_name]
-        intervention = INTERVENTIONS[config.intervention]
-        R, W, b = self.weights(adapter_name)
-        with _full_precision(h_GND.device.type):
-            R_GRD = R if not intervention.orthonormal or not torch.is_grad_enabled() else rotation.tangent(R)
-            wide_GND = h_GND.to(R.dtype)
-            c_GNR = edit_coefficients(intervention, wide_GND, R_GRD, W, b, self._act[adapter_name])
-            if kept_GNR is not None:
-                c_GNR = c_GNR * kept_GNR
-            delta_GND = c_GNR @ R_GRD
-            dropout = self.reft_dropout[adapter_name]
-            assert isinstance(dropout, nn.Dropout)
-            if dropout.training and dropout.p > 0:
-                delta_GND = dropout(wide_GND + delta_GND) - wide_GND
-        return delta_GND.to(h_GND.dtype)
+
+def _delta_of_all(h: Tensor, edit: Edit, weights: EditWeights, unused_TR: Tensor | None) -> Tensor:
+    """What an edit adds to all rows of h [..., D]. `unused_TR` marks the directions that a row does not use."""
+    return delta(h.reshape(-1, h.shape[-1]), edit, weights, unused_TR).view(h.shape)
 
 
 def _computes_on(module: nn.Module) -> torch.device | str | int | None:
@@ -337,25 +336,28 @@ def _computes_on(module: nn.Module) -> torch.device | str | int | None:
     return next((device for device in devices if device is not None), None)
 
 
+def _is_among(h: Tensor, *arguments: Iterable[Any]) -> bool:
+    """Whether the wrapped module passes on an argument of its own."""
+    for some in arguments:
+        for argument in some:
+            if argument is h:
+                return True
+    return False
+
+
 def _may_be_written(h: Tensor) -> bool:
     """Whether autograd lets a tensor be changed in place: leaves that need a gradient, and views that a custom function
     returns (reentrant checkpointing, module backward hooks), it does not."""
     if torch.compiler.is_compiling():
         return True  # a compiled graph has its own way with writes, and no views out of custom functions
-    if h.is_leaf:
+    if h.grad_fn is None:
         return not h.requires_grad
     return not (h._is_view() and isinstance(h.grad_fn, torch.autograd.function.BackwardCFunction))
-
-
-def _full_precision(device_type: str) -> AbstractContextManager:
-    """Leave autocast, so that the edit is computed in the dtype of its weights."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def _before_saving(layer: nn.Module, *_: Any) -> None:
     """State dict hook: what is saved as reft_R has orthonormal rows, also right after an optimizer step."""
     assert isinstance(layer, ReftLayer)
+    layer.context.settle_checks()
     layer.keep_weights()
     retract_stale([layer])

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .prompts import Prompts, as_batch, count_within, total_within
+from .prompts import Prompts, as_batch, count_and_total_within
 
 
 POSITION_EXAMPLES = "'f7+l7' (first 7 and last 7 tokens of the prompt), 'f3', 'l1' or 'all'"
@@ -65,6 +65,25 @@ class PositionSpec:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The rows of hidden states that layers of one rank edit.
+
+    Args:
+        index_T (`torch.LongTensor`): [G · N], counted over the flattened batch.
+        row_T, column_T (`torch.LongTensor`): [G · N], the same as rows and columns of the batch.
+        unused_TQ (`torch.BoolTensor`, *optional*): [G · N, Q], the directions, of those of all groups, in which a row is not
+            edited. None: each is edited in all.
+        spare_T1 (`torch.BoolTensor`, *optional*): [G · N, 1], places that hold no row to edit: all their directions are unused.
+    """
+
+    index_T: Tensor
+    row_T: Tensor
+    column_T: Tensor
+    unused_TQ: Tensor | None
+    spare_T1: Tensor | None
+
+
+@dataclass(frozen=True)
 class Selection:
     """The tokens of one forward that an adapter edits, as indices into the flattened batch.
 
@@ -78,12 +97,41 @@ class Selection:
         spare_GN (`torch.BoolTensor`, *optional*): The places that hold no token to edit.
         kept_TR (`torch.BoolTensor`, *optional*): The directions that each token's example uses, where the adapter has
             subspaces. None: all.
+        filled (`bool`): Whether it is known that no place is spare.
     """
 
     edited_BS: Tensor  # for its shape: a tensor's may vary in a compiled model, where a number of Python's may not
     index_GN: Tensor | None
     spare_GN: Tensor | None
     kept_TR: Tensor | None = None
+    filled: bool = False
+
+    def rows(self, rank: int) -> Rows | None:
+        """The same for layers of some rank to read. None: all rows.
+
+        Args:
+            rank (`int`): R.
+        """
+        if self.index_GN is None or self.spare_GN is None:
+            return None
+        groups, places = self.index_GN.shape
+        index_T, width = self.index_GN.flatten(), self.edited_BS.shape[1]
+        if groups == 1 and self.kept_TR is None and self.filled:
+            return Rows(index_T, index_T // width, index_T % width, None, None)
+        unused_GNR = self.spare_GN[..., None].expand(-1, -1, rank)
+        if self.kept_TR is not None:
+            unused_GNR = unused_GNR | ~self.kept_TR[self.index_GN]
+        unused_GNGR = unused_GNR[:, :, None].expand(-1, -1, groups, -1)
+        if groups > 1:
+            other_GG = ~torch.eye(groups, dtype=torch.bool, device=index_T.device)
+            unused_GNGR = unused_GNGR | other_GG[:, None, :, None]
+        return Rows(
+            index_T,
+            index_T // width,
+            index_T % width,
+            unused_GNGR.reshape(groups * places, groups * rank),
+            self.spare_GN.view(-1, 1),
+        )
 
     def to(self, device: torch.device) -> Selection:
         """The same on another device, for a model that is spread over several."""
@@ -93,9 +141,11 @@ class Selection:
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device)
 
-        return Selection(self.edited_BS.to(device), move(self.index_GN), move(self.spare_GN), move(self.kept_TR))
+        return Selection(
+            self.edited_BS.to(device), move(self.index_GN), move(self.spare_GN), move(self.kept_TR), self.filled
+        )
 
-    def of_rows(self, rows: Tensor) -> Selection:
+    def in_rows(self, rows: Tensor) -> Selection:
         """The part of it in some rows of the batch.
 
         Args:
@@ -107,7 +157,7 @@ class Selection:
         if self.index_GN is None or self.spare_GN is None:
             return replace(self, edited_BS=edited_BS)
         spare_GN = self.spare_GN | ~own_B[self.index_GN // self.edited_BS.shape[1]]
-        return replace(self, edited_BS=edited_BS, spare_GN=spare_GN)
+        return replace(self, edited_BS=edited_BS, spare_GN=spare_GN, filled=False)
 
 
 def first_and_last(prompts: Prompts, spec: PositionSpec) -> tuple[Tensor, Tensor]:
@@ -116,8 +166,8 @@ def first_and_last(prompts: Prompts, spec: PositionSpec) -> tuple[Tensor, Tensor
     A prompt of n < first + last tokens gives its first min(first, n // 2) and its last min(last, n // 2); a one-sided
     spec takes min(count, n), and so does a run after a sequence's first.
     """
-    rank_BS = count_within(prompts.prompt_BS, prompts.start_BS)  # 1 for the first token of a run
-    length_BS = total_within(prompts.prompt_BS, prompts.start_BS)
+    # The rank is 1 for the first token of a run.
+    rank_BS, length_BS = count_and_total_within(prompts.prompt_BS, prompts.start_BS)
     if spec.two_sided:
         crowded_BS = length_BS < spec.first + spec.last
         half_BS = length_BS // 2
@@ -154,7 +204,8 @@ def select(first_BS: Tensor, last_BS: Tensor, groups: int, limit: int | None) ->
     spare_GN = index_GN == mask_GT.shape[1]
     # Spare places repeat a token that is edited anyway rather than, say, padding, whose state may not be finite.
     index_GN = torch.where(spare_GN, index_GN[:, :1], index_GN).clamp(max=mask_GT.shape[1] - 1)
-    return Selection(edited_BS, index_GN, spare_GN)
+    filled = spare_GN.is_cpu and not bool(spare_GN.any())  # to ask a GPU would be to wait for it
+    return Selection(edited_BS, index_GN, spare_GN, filled=filled)
 
 
 def places(spec: PositionSpec, groups: int, runs: int) -> int:

@@ -60,16 +60,16 @@ def retract(bases: Iterable[Tensor]) -> None:
         bases (`Iterable[torch.Tensor]`): Of shape [G, r, D] with r <= D, of any floating dtype.
     """
     bases = list(bases)
-    for basis, value in zip(bases, retracted(bases)):
-        basis.copy_(value)
+    if bases:
+        torch._foreach_copy_(bases, retracted(bases))
 
 
 @torch.no_grad()
 def retracted(bases: Sequence[Tensor]) -> list[Tensor]:
-    """Every basis with its rows orthonormalized, by one QR factorization for each shape.
+    """Every basis with its rows orthonormalized, in a few operations for each shape, none of which waits for the device.
 
-    Robust for any parameter, a rank-deficient one included: Householder QR always gives orthonormal rows. A basis
-    whose rows are orthonormal already, up to rounding, stays as it is, to the bit: so it does not matter by which way a
+    The rows become those of Q in R = LQ, with a lower triangular L of positive diagonal: what Gram and Schmidt's procedure gives. A
+    basis whose rows are orthonormal already, up to rounding, stays as it is, to the bit: so it does not matter by which way a
     saved basis comes into a model, and retracting twice is retracting once.
 
     Args:
@@ -78,20 +78,43 @@ def retracted(bases: Sequence[Tensor]) -> list[Tensor]:
     results = list(bases)
     by_kind: dict[tuple, list[int]] = defaultdict(list)
     for index, basis in enumerate(bases):
-        by_kind[(basis.shape[-2:], basis.dtype, basis.device)].append(index)
+        by_kind[basis.shape[1:], basis.dtype, basis.device].append(index)
     for same in by_kind.values():
-        stacked = torch.cat([bases[index].reshape(-1, *bases[index].shape[-2:]) for index in same])
-        # QR exists in single and double precision only.
-        wide = stacked if stacked.dtype == torch.float64 else stacked.float()
-        q, upper = torch.linalg.qr(wide.mT)
-        # Choose signs so that the map is continuous, and leaves orthonormal rows alone.
-        diagonal = upper.diagonal(dim1=-2, dim2=-1)
-        q = q * torch.where(diagonal < 0, -1.0, 1.0)[..., None, :]
-        # Of what QR gives, the inner products are off by its own rounding and by that to the dtype of the parameter.
-        rounding = 32 * torch.finfo(wide.dtype).eps + 2 * torch.finfo(stacked.dtype).eps
-        off = (wide @ wide.mT - torch.eye(wide.shape[-2], dtype=wide.dtype, device=wide.device)).abs()
-        kept = off.amax(dim=(-2, -1), keepdim=True) <= rounding
-        parts = torch.where(kept, stacked, q.mT.to(stacked.dtype)).split([bases[index].shape[0] for index in same])
-        for index, part in zip(same, parts):
+        orthonormal_NRD = _orthonormal_rows(torch.cat([bases[index] for index in same]))
+        for index, part in zip(same, orthonormal_NRD.split([bases[index].shape[0] for index in same])):
             results[index] = part
     return results
+
+
+# Rows that depend on each other up to this are pushed apart: below what training makes of them, and so far above what double
+# precision rounds away that one factorization is exact enough.
+INDEPENDENT = 1e-4
+
+
+def _orthonormal_rows(R_NRD: Tensor) -> Tensor:
+    """L⁻¹R, with Cholesky's L of R Rᵀ, in double precision.
+
+    Householder's reflections need no such precision, but they are many small steps for each matrix, which a GPU takes one after
+    another. This way is as robust: a little of the first r unit vectors is added to rows that are not linearly independent.
+    """
+    wide_NRD = R_NRD.to("cpu" if R_NRD.device.type == "mps" else R_NRD.device, torch.float64, copy=True)
+    gram_NRR = wide_NRD.bmm(wide_NRD.mT)
+    eye_RR = torch.eye(gram_NRR.shape[-1], dtype=gram_NRR.dtype, device=gram_NRR.device)
+    # Of what is orthonormal, the inner products are off by its rounding to the dtype of the parameter, and by that of the
+    # single-precision factorization with which it may have been made.
+    rounding = 2 * torch.finfo(R_NRD.dtype).eps
+    rounding += 32 * torch.finfo(torch.promote_types(R_NRD.dtype, torch.float32)).eps
+    kept_N11 = (gram_NRR - eye_RR).abs().amax(dim=(-2, -1), keepdim=True) <= rounding
+
+    lower_NRR, failed_N = torch.linalg.cholesky_ex(gram_NRR)
+    size_N = gram_NRR.amax(dim=(-2, -1)).sqrt()
+    independent_N = (failed_N == 0) & (lower_NRR.diagonal(dim1=-2, dim2=-1).amin(dim=-1) > INDEPENDENT * size_N)
+    if not independent_N.is_cpu or not bool(independent_N.all()):  # to ask a GPU would be to wait for it
+        nudge_N = torch.where(size_N > 0, INDEPENDENT * size_N, 1.0).masked_fill(independent_N, 0.0)
+        wide_NRD[..., : eye_RR.shape[0]] += nudge_N[:, None, None] * eye_RR
+        lower_NRR, _ = torch.linalg.cholesky_ex(wide_NRD.bmm(wide_NRD.mT))
+    wide_NRD = torch.linalg.solve_triangular(lower_NRR, wide_NRD, upper=False)
+    if R_NRD.dtype == torch.float64:  # once is as exact as single precision can tell
+        lower_NRR, _ = torch.linalg.cholesky_ex(wide_NRD.bmm(wide_NRD.mT))
+        wide_NRD = torch.linalg.solve_triangular(lower_NRR, wide_NRD, upper=False)
+    return torch.where(kept_N11, R_NRD, wide_NRD.to(R_NRD.device, R_NRD.dtype))

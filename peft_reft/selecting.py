@@ -1,0 +1,180 @@
+"""The tokens that an adapter edits in one call of a model.
+
+This module puts together what the arguments of the call say (arguments.py), the rules of the adapter (batch.py) and, within
+`generate`, its prompts (generation.py). What it remembers of earlier batches is what a batch alone does not say. It knows nothing
+of layers.
+
+Dimensions: B rows of the batch, S tokens, Q sequences, T = B * S, R rank.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import cache_length, forward_batch, refuse_several
+from .batch import Batch, Rules, locate
+from .checks import QUEUEING, Checks
+from .generation import Generation
+from .positions import Selection, places, round_up, select
+from .subspaces import kept_directions
+
+
+UNTOLD_EVALUATION = (
+    "A batch without labels is evaluated after training on batches with them: all its tokens are taken for prompt, and the last "
+    "of them are edited. If it holds answers, that is not what training edited. Set response_template in ReftConfig, or pass "
+    "prompt_lengths, for both to agree."
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a model, or of its encoder.
+
+    Args:
+        arguments (`dict`): Its arguments, by name.
+        told (`dict`): What it was told of its prompts besides the tokens: `prompt_lengths`, `intervention_mask`, `subspaces`.
+        training (`bool`): Whether the model is in training mode.
+        generation (`Generation`, *optional*): The `generate` that it belongs to.
+        prefix (`str`): What the names of its tokens begin with: `"decoder_"` in an encoder-decoder model.
+        in_encoder (`bool`): Whether it is one of the encoder of an encoder-decoder model.
+    """
+
+    arguments: dict[str, Any]
+    told: dict[str, Any]
+    training: bool
+    generation: Generation | None
+    prefix: str
+    in_encoder: bool
+
+
+class Selector:
+    """Finds the tokens that adapters edit in the calls of one model.
+
+    Args:
+        queueing (`tuple[str, ...]`): The types of devices that are not waited for.
+    """
+
+    def __init__(self, queueing: tuple[str, ...] = QUEUEING) -> None:
+        self.checks = Checks(queueing)
+        self._queueing = queueing
+        self._saw_labels = False
+        self._masks_number: bool | None = None
+
+    def select(self, rules: Rules, subspaces: dict[str, int] | None, call: Call) -> Selection | None:
+        """The tokens that an adapter edits in a call. None: it is a decode step.
+
+        Args:
+            rules (`Rules`): Those of the adapter.
+            subspaces (`dict[str, int]`, *optional*): Its groups of directions.
+            call (`Call`): The call.
+
+        Raises:
+            ValueError: when the call does not say where its prompts are, or has none.
+        """
+        generation = call.generation
+        if call.in_encoder:
+            rules = replace(rules, reads_labels=False)
+        elif not rules.spec.all_tokens and generation is not None and generation.decodes(call.arguments):
+            return None
+        batch = self._with_plain_mask(forward_batch(rules, call.arguments, call.told, call.prefix))
+        training = call.training and generation is None
+        selection: Selection | None
+        if rules.spec.all_tokens:
+            everything_BS = torch.ones(batch.shape, dtype=torch.bool, device=batch.device)
+            selection = Selection(everything_BS, None, None)
+        elif call.in_encoder:
+            selection = self._select_in_batch(rules, batch, training)
+        else:
+            past = cache_length(rules, call.arguments, generation)
+            if generation is not None:
+                selection = generation.select(rules, batch, past)
+            elif past > 0 and batch.told is None:
+                refuse_several(batch, past)
+                selection = None  # a decode step
+            else:
+                selection = self._select_in_batch(rules, batch, training, past)
+        if selection is None or subspaces is None:
+            return selection
+        return replace(selection, kept_TR=_kept(subspaces, call, batch, training))
+
+    def _with_plain_mask(self, batch: Batch) -> Batch:
+        """The batch, with a mask of integers as one of booleans where it does not number packed sequences.
+
+        Whether it does would have to be read from the device. A collator that numbers them gives position ids too, and is read;
+        without those, all batches of a model are taken to be of the kind of the first.
+        """
+        mask, numbers = batch.attention_mask, batch.position_ids is not None or batch.cu_seq_lens is not None
+        if (
+            numbers
+            or not isinstance(mask, Tensor)
+            or mask.dtype == torch.bool
+            or mask.device.type not in self._queueing
+        ):
+            return batch
+        numbered = mask.amax() > 1
+        if self._masks_number is None:
+            self._masks_number = bool(numbered)
+        if self._masks_number:
+            return batch
+        self.checks.require(numbered[None], _refuse_late_numbers)
+        return replace(batch, attention_mask=mask != 0)
+
+    def _select_in_batch(self, rules: Rules, batch: Batch, training: bool, past: int = 0) -> Selection:
+        """The tokens of a batch, or, where it continues a cache of `past` tokens and its prompts are told, of the rest."""
+        if past > 0 and batch.intervention_mask is None:
+            whole = (batch.shape[0], past + batch.shape[1])
+            located = locate(
+                rules,
+                Batch(
+                    whole,
+                    batch.device,
+                    attention_mask=batch.attention_mask,
+                    prompt_lengths=batch.prompt_lengths,
+                ),
+                training,
+                self.checks,
+            )
+        else:
+            past, located = 0, locate(rules, batch, training, self.checks)
+        if located.source == "labels":
+            self._saw_labels |= training
+        elif located.source == "all tokens" and rules.reads_labels and self._saw_labels:
+            self._saw_labels = False  # say it once
+            warnings.warn(UNTOLD_EVALUATION)
+        limit = None
+        if located.runs is not None:
+            packed = located.runs != batch.shape[0]
+            limit = places(rules.spec, rules.groups, round_up(located.runs) if packed else located.runs)
+        return select(located.first_BS[:, past:], located.last_BS[:, past:], rules.groups, limit)
+
+
+def _refuse_late_numbers(numbers: list[int]) -> ValueError | None:
+    if not numbers[0]:
+        return None
+    return ValueError(
+        "The attention_mask of a batch numbers packed sequences (it holds numbers above 1), and that of the model's first batch did "
+        "not. On a GPU ReFT goes by the first. Pass position_ids [batch, tokens] that restart with each sequence, as axolotl's "
+        "and transformers' packing collators do."
+    )
+
+
+def _kept(groups: dict[str, int], call: Call, batch: Batch, training: bool) -> Tensor | None:
+    """The directions that each token's example uses, [T, R]. None: all of them, where nothing is said."""
+    given, generation = call.told.get("subspaces"), call.generation
+    if given is None:
+        if training:
+            raise ValueError(
+                f"The adapter has subspaces ({', '.join(groups)}), and the training batch does not say which its examples use. "
+                "Pass subspaces [batch] with it: numbers of groups, or names."
+            )
+        return None
+    if generation is None:
+        kept_QR = kept_directions(given, groups, batch.sequences.count, batch.device)
+        return batch.sequences.spread(kept_QR).flatten(0, 1)
+    kept_QR = kept_directions(given, groups, generation.rows, batch.device)
+    return kept_QR.repeat_interleave(batch.shape[0] // generation.rows * batch.shape[1], dim=0)
