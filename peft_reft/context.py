@@ -30,7 +30,7 @@ from .generation import Generation
 from .layer import ReftLayer
 from .loading import check_state_dict, check_weights
 from .mixed import MixedBatch
-from .plan import Job, Jobs, plan, with_own_weights
+from .plan import Jobs, plan, with_own_weights
 from .positions import Selection
 from .selecting import Call, Selector
 from .targets import encoder_of
@@ -40,19 +40,21 @@ from .weights import Prepared, PreparedWeights, can_be_prepared, needs_gradient
 TOLD = ("prompt_lengths", "intervention_mask", "subspaces")
 
 
-class _CallState(threading.local):
+class CallState(threading.local):
     """What belongs to the call that a thread is in. Threads may run one model, as `torch.nn.DataParallel` does."""
 
     mixed: MixedBatch | None = None
     generation: Generation | None = None
     told: dict[str, Any] | None = None
     jobs: Jobs | None = None  # None: no forward is running
+    resting: bool = False  # a decode step is running in which no layer has anything to do
     recomputed: Jobs | None = None  # the same, for what runs in it and again in backward
     encoder_alone: bool = False
 
     def clear(self) -> None:
         """The forward is over."""
         self.jobs = self.recomputed = self.told = None
+        self.resting = False
 
 
 class ForwardContext:
@@ -74,14 +76,14 @@ class ForwardContext:
         self._prepared = PreparedWeights()
         self._stop = BackwardStop()
         self._checked: dict[str, int] = {}  # the basis that an adapter had when its weights were last known to be good
-        self._state = _CallState()
+        self.state = CallState()
         self._handles: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_state"}
+        return {key: value for key, value in self.__dict__.items() if key != "state"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _state=_CallState())
+        self.__dict__.update(state, state=CallState())
         watch_steps(self)
 
     @classmethod
@@ -137,19 +139,12 @@ class ForwardContext:
         self._stop.remove()
         model.__dict__.pop("generate", None)
 
-    def jobs(self, layer: ReftLayer) -> tuple[Job, ...]:
-        """What a layer has to do in the running forward.
+    def jobs_outside(self, layer: ReftLayer) -> Jobs:
+        """The jobs of a layer that runs by itself, outside any forward, which is possible where all tokens are edited.
 
         Raises:
-            RuntimeError: when no forward of the model is running, so that the tokens to edit are unknown.
+            RuntimeError: where they are not, so that the tokens to edit are unknown.
         """
-        jobs = self._state.jobs
-        if jobs is None:
-            jobs = self._jobs_outside(layer)
-        return jobs.get(layer.name, ())
-
-    def _jobs_outside(self, layer: ReftLayer) -> Jobs:
-        """The jobs of a layer that runs by itself, which is possible where all tokens are edited."""
         jobs = plan([layer], {}, {}, self.mixed)
         if any(layer.needs_selection(job.adapter_name) for job in jobs.get(layer.name, ())):
             raise RuntimeError(
@@ -176,7 +171,7 @@ class ForwardContext:
     @property
     def mixed(self) -> MixedBatch | None:
         """The adapters of the examples, where each has its own."""
-        return self._state.mixed
+        return self.state.mixed
 
     @contextmanager
     def mixing(self, adapter_names: Any) -> Iterator[MixedBatch]:
@@ -192,11 +187,11 @@ class ForwardContext:
             raise ValueError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Loaded are: {', '.join(sorted(loaded))}."
             )
-        before, self._state.mixed = self._state.mixed, mixed
+        before, self.state.mixed = self.state.mixed, mixed
         try:
             yield mixed
         finally:
-            self._state.mixed = before
+            self.state.mixed = before
 
     # -- loading -----------------------------------------------------------------------------------------------------
 
@@ -220,9 +215,9 @@ class ForwardContext:
     def _before_forward(
         self, model: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        state, generation = self._state, self._state.generation
+        state, generation = self.state, self.state.generation
         if generation is not None and generation.rests_in_decoding and generation.decodes(kwargs):
-            state.jobs = {}
+            state.jobs, state.resting = {}, True
             return None
         arguments = {**dict(zip(self.parameters, args)), **kwargs}
         told = {key: arguments[key] for key in TOLD if arguments.get(key) is not None}
@@ -251,11 +246,11 @@ class ForwardContext:
 
     @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
-        self._state.clear()
+        self.state.clear()
 
     @torch.compiler.disable
     def _before_encoder(self, encoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        state = self._state
+        state = self.state
         state.encoder_alone = state.jobs is None  # as generate calls it
         if state.jobs is None:
             state.jobs = {}
@@ -265,12 +260,12 @@ class ForwardContext:
 
     @torch.compiler.disable
     def _after_encoder(self, encoder: nn.Module, args: tuple, output: Any) -> None:
-        if self._state.encoder_alone:
-            self._state.clear()
+        if self.state.encoder_alone:
+            self.state.clear()
 
     def _plan(self, arguments: dict[str, Any], training: bool, in_encoder: bool) -> None:
         """Find what every adapter edits, prepare the weights of those that have something to edit, and note each layer's part."""
-        state, selections = self._state, {}
+        state, selections = self.state, {}
         in_use = self._in_use(in_encoder)
         if in_use and sharding.is_distributed():
             sharding.refuse_split_sequences()
@@ -299,12 +294,12 @@ class ForwardContext:
 
     def _call(self, name: str, arguments: dict[str, Any], training: bool, in_encoder: bool) -> Call:
         """A call as the rules of an adapter see it."""
-        told, prefix = self._state.told or {}, ""
+        told, prefix = self.state.told or {}, ""
         if self.encoder_parameters and not in_encoder:
             prefix = "decoder_"
             if True in self._sides[name]:  # what is told of prompts is about the encoder's tokens, if it edits any
                 told = {key: value for key, value in told.items() if key == "subspaces"}
-        return Call(arguments, told, training, self._state.generation, prefix, in_encoder)
+        return Call(arguments, told, training, self.state.generation, prefix, in_encoder)
 
     def _prepared_weights(self, layers: list[ReftLayer], name: str, in_graph: bool) -> tuple[Prepared, bool] | None:
         """The weights of an adapter for the forward, and whether they have a gradient. None: each layer reads its own.
@@ -312,7 +307,7 @@ class ForwardContext:
         They are a part of the graph only where edits depend on the token: others run in whatever a user may checkpoint by himself,
         and in its recompute, outside any forward, each layer reads its own weights. The two would not save the same tensors.
         """
-        layers = [layer for layer in layers if name in layer.reft_R]
+        layers = [layer for layer in layers if name in layer.reft_R._parameters]
         if not layers or not can_be_prepared(layers, name):
             return None
         if not torch.is_grad_enabled() or not any(needs_gradient(layer, name) for layer in layers):
@@ -340,17 +335,17 @@ class ForwardContext:
     def _remember(self) -> Callable[[], AbstractContextManager]:
         """For what is checkpointed, which runs now and again in backward: a context in which this forward's plan holds. Its
         layers read their own weights: what is prepared for all is a part of the graph outside."""
-        if self._state.recomputed is None:
-            self._state.recomputed = with_own_weights(self._state.jobs or {})
-        recomputed = self._state.recomputed
+        if self.state.recomputed is None:
+            self.state.recomputed = with_own_weights(self.state.jobs or {})
+        recomputed = self.state.recomputed
 
         @contextmanager
         def as_in_this_forward() -> Iterator[None]:
-            before, self._state.jobs = self._state.jobs, recomputed
+            before, self.state.jobs = self.state.jobs, recomputed
             try:
                 yield
             finally:
-                self._state.jobs = before
+                self.state.jobs = before
 
         return as_in_this_forward
 
@@ -375,12 +370,12 @@ class ForwardContext:
             # What an encoder-decoder model is given goes to its encoder, and is no prompt of its decoder.
             prompts = None if self.encoder_parameters else given_prompts(model, args, kwargs, told)
         rests = bool(in_use) and not any(self.rules[name].spec.all_tokens for name in self._active())
-        before = self._state.generation
-        self._state.generation = Generation(told, rows, prompts, rests_in_decoding=rests)
+        before = self.state.generation
+        self.state.generation = Generation(told, rows, prompts, rests_in_decoding=rests)
         try:
             yield kwargs
         finally:
-            self._state.generation = before
+            self.state.generation = before
 
     def _refuse_stray_subspaces(self, told: dict[str, Any]) -> None:
         active = self._active().values()

@@ -52,14 +52,14 @@ def edit_rows(h: Tensor, rows: Rows, edit: Edit, weights: EditWeights) -> Tensor
 
 def _add_to_rows(h: Tensor, rows: Rows, delta_TD: Tensor) -> Tensor:
     """Add to rows of h, in place. One that is listed twice gets both."""
-    if torch.compiler.is_compiling():
-        h.view(-1, h.shape[-1]).index_add_(0, rows.index_T, delta_TD)
-        return h
     if h.is_cpu:
         # The quickest here. On a GPU it sorts the indices, and waits for the device to check them.
         places = (rows.index_T,) if h.dim() == 2 else (rows.row_T, rows.column_T)
         return h.index_put_(places, delta_TD, accumulate=True)
-    return _AddToRows.apply(h, rows.index_T, delta_TD)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _AddToRows.apply(h, rows.index_T, delta_TD)
+    h.view(-1, h.shape[-1]).index_add_(0, rows.index_T, delta_TD)
+    return h
 
 
 class _AddToRows(torch.autograd.Function):

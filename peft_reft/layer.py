@@ -24,14 +24,24 @@ from .config import ReftConfig
 from .editing import Edit, delta, edit_rows
 from .interventions import INTERVENTIONS, WEIGHT_DTYPES, EditWeights, Intervention, activation, initialize
 from .merging import MergedEdit, merge_edit, obstacle, unmerge_edit
-from .plan import Job
+from .plan import Job, Jobs
 from .positions import Selection
+
+
+class CallState(Protocol):
+    """What a layer needs to know of the call that its thread is in."""
+
+    jobs: Jobs | None
+    resting: bool
 
 
 class SelectionSource(Protocol):
     """What a layer needs of the ForwardContext."""
 
-    def jobs(self, layer: ReftLayer) -> tuple[Job, ...]: ...
+    @property
+    def state(self) -> CallState: ...
+
+    def jobs_outside(self, layer: ReftLayer) -> Jobs: ...
 
     def forget_weights(self) -> None: ...
 
@@ -261,8 +271,15 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # A decode step with nothing to edit goes past this module, unless somebody listens to it.
+        if self.context.state.resting and not (self._forward_hooks or self._forward_pre_hooks):
+            return self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
+        return super().__call__(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        jobs = self.context.jobs(self)
+        plan = self.context.state.jobs
+        jobs = (self.context.jobs_outside(self) if plan is None else plan).get(self.name)
         output = self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]  # without the search of __getattr__
         if not jobs:
             return output

@@ -33,7 +33,7 @@ class Job:
         selection (`Selection`, *optional*): What the batch gives. None: nothing depends on it.
         rows (`Rows`, *optional*): Which rows. None: all.
         mixed (`MixedBatch`, *optional*): Of all rows, those of the examples that use the adapter.
-        prepared (`Prepared`, *optional*): The weights of all layers. None: the layer reads its own.
+        prepared (`Prepared`, *optional*): The weights of all layers. None: each layer reads its own.
         in_graph (`bool`): Whether they have a gradient.
     """
 
@@ -45,14 +45,19 @@ class Job:
     prepared: Prepared | None = None
     in_graph: bool = False
 
+    def __post_init__(self) -> None:
+        self._dtype: torch.dtype | None = None  # of the states that were edited last, most likely that of all
+        self._by_layer: dict[str, EditWeights] = {}
+
     def weights(self, layer: ReftLayer, dtype: torch.dtype) -> EditWeights:
         """Those to edit states of some dtype with: without a graph, bfloat16 ones are edited in bfloat16. float16 has no room for what
         a projection of large states may come to, and is edited in the dtype of the weights."""
-        if self.prepared is None:
-            return layer_weights(layer, self.adapter_name)
-        if self.in_graph or dtype != torch.bfloat16 or torch.compiler.is_compiling():
-            return self.prepared.of(layer)
-        return self.prepared.of(layer, torch.bfloat16)
+        if dtype is not self._dtype:
+            if self.prepared is None:
+                return layer_weights(layer, self.adapter_name)
+            narrow = dtype == torch.bfloat16 and not self.in_graph
+            self._dtype, self._by_layer = dtype, self.prepared.by_layer(torch.bfloat16 if narrow else None)
+        return self._by_layer[layer.name]
 
 
 Jobs = dict[str, tuple[Job, ...]]

@@ -62,15 +62,15 @@ class Prepared:
             self._stacks.append((same, _edit_weights(same[0], adapter_name, stacked[0], *stacked[1:])))
         self._by_layer: dict[torch.dtype | None, dict[str, EditWeights]] = {}
 
-    def of(self, layer: ReftLayer, dtype: torch.dtype | None = None) -> EditWeights:
-        """Those of a layer, in their own dtype or another."""
+    def by_layer(self, dtype: torch.dtype | None = None) -> dict[str, EditWeights]:
+        """Those of each layer, by its name, in their own dtype or another."""
         if dtype not in self._by_layer:
             self._by_layer[dtype] = {
                 layer.name: weights
                 for layers, stacked in self._stacks
                 for layer, weights in zip(layers, (stacked if dtype is None else stacked.to(dtype)).unbind())
             }
-        return self._by_layer[dtype][layer.name]
+        return self._by_layer[dtype]
 
 
 class PreparedWeights:
@@ -94,12 +94,7 @@ class PreparedWeights:
         """The weights of an adapter in these layers, which are all that have it."""
         if sharding.is_distributed():  # FSDP2 fills parameters anew without a trace
             return _prepare_without_graph(layers, adapter_name)
-        parameters = [
-            parameter
-            for layer in layers
-            for parameters in (layer.reft_R, layer.reft_W, layer.reft_b)
-            if (parameter := parameters._parameters.get(adapter_name)) is not None
-        ]
+        parameters = [one for layer in layers for one in layer.weights(adapter_name) if one is not None]
         versions = [0 if parameter.is_inference() else parameter._version for parameter in parameters]
         kept = self._kept.get(adapter_name)
         if kept is not None and versions == kept[1] and all(map(operator.is_, parameters, kept[0])):

@@ -86,7 +86,9 @@ def test_training(kind, settings):
     assert so_far[0] == 1, "the model is one graph"
     # Of one group of weights, batches in which every place holds a token are a kind of their own.
     kinds = 2 if settings.get("share_weights") and kind == "padded" else 1
-    assert so_far[-1] <= kinds + 2 and so_far[-1] == so_far[len(BATCHES[kind]) - 1], "batches are not compiled for again"
+    assert so_far[-1] <= kinds + 2 and so_far[-1] == so_far[len(BATCHES[kind]) - 1], (
+        "batches are not compiled for again"
+    )
     if kinds == 1:
         assert so_far[-1] == so_far[-2], "new batches are not compiled for"
 

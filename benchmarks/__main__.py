@@ -1,0 +1,309 @@
+"""The command line: what to measure, with which methods, and where the results go."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import Progress
+
+from .methods import SIZES, Setting
+from .pairs import Ratio, Worker, WorkerError, interleave
+from .report import plot_scaling, print_table, ratio_text, slope
+
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+
+Pairs = Annotated[int, typer.Option(help="how many times each is run")]
+Out = Annotated[Path, typer.Option(help="folder for the JSON and the plots")]
+Threads = Annotated[int, typer.Option(help="threads of torch")]
+Pyreft = Annotated[str | None, typer.Option(help="interpreter of an environment with pyreft")]
+Adapters = Annotated[str | None, typer.Option(help="interpreter of an environment with adapters")]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Size = Annotated[str, typer.Option(help="of the model: " + " or ".join(SIZES))]
+OUT = Path("outputs/benchmarks")
+
+
+class Session:
+    """The processes of one command, and what it has measured."""
+
+    def __init__(self, out: Path, threads: int, pyreft: str | None = None, adapters: str | None = None) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.threads = out, threads
+        self.peers = {name: python for name, python in (("pyreft", pyreft), ("adapters", adapters)) if python}
+        self._stack = ExitStack()
+        self.results: dict[str, Any] = {
+            "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+            "machine": f"{platform.system()} {platform.machine()}, {_processor()}, {threads} thread(s)",
+        }
+
+    def __enter__(self) -> Session:
+        self._stack.__enter__()
+        self.own = self.worker(None)
+        self.results["versions"] = self.own.ask("versions")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def worker(self, python: str | None) -> Worker:
+        """A process of an environment, for as long as the session lasts."""
+        return self._stack.enter_context(Worker(python, self.threads, self.out / "workers.log"))
+
+    def save(self, name: str) -> None:
+        """Write what was measured."""
+        path = self.out / f"{name}.json"
+        path.write_text(json.dumps(self.results, indent=1) + "\n")
+        typer.echo(
+            f"{self.results['command']}\n{self.results['machine']}, {self.results['versions']}\nWritten: {path}"
+        )
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def measure_steps(session: Session, setting: Setting, pairs: int, methods: list[str]) -> dict[str, Any]:
+    """Steps of methods, each paired with one of the frozen base in the same process."""
+    with ExitStack() as stack:
+        workers = {name: session.own for name in methods if name not in session.peers}
+        peers = {name: stack.enter_context(_peer(session, name)) for name in methods if name in session.peers}
+        workers.update(peers)
+        described = asdict(setting)
+        trainable = {}
+        runs = {}
+        for name in ["frozen", *methods]:
+            for worker, base in ((workers[name], f"frozen for {name}") if name in peers else (session.own, "frozen"),):
+                if base not in runs:
+                    worker.ask("build", name=base, method="frozen", setting=described)
+                    runs[base] = _run(worker, "step", base)
+                if name != "frozen":
+                    trainable[name] = worker.ask("build", name=name, method=name, setting=described)["trainable"]
+                    runs[name] = _run(worker, "step", name)
+        with Progress(transient=True) as progress:
+            task = progress.add_task("steps", total=pairs)
+            seconds = interleave(runs, pairs, tick=lambda: progress.advance(task))
+        found: dict[str, Any] = {}
+        for name in methods:
+            base = f"frozen for {name}" if name in peers else "frozen"
+            found[name] = Ratio.of(seconds[name], seconds[base]).as_dict() | {"trainable": trainable[name]}
+        found["frozen"] = Ratio.of(seconds["frozen"], seconds["frozen"]).as_dict() if "frozen" in seconds else {}
+        for name in ["frozen", *methods]:
+            if name not in peers:
+                session.own.ask("drop", name=name)
+        for name, worker in peers.items():
+            session.results.setdefault("peer versions", {})[name] = worker.ask("versions")
+    return found
+
+
+def _peer(session: Session, name: str) -> Worker:
+    return Worker(session.peers[name], session.threads, session.out / "workers.log")
+
+
+def _run(worker: Worker, do: str, name: str, **arguments: Any) -> Any:
+    return lambda: worker.ask(do, name=name, **arguments)["seconds"]
+
+
+@app.command()
+def step(
+    pairs: Pairs = 60,
+    out: Out = OUT,
+    threads: Threads = 1,
+    device: Device = "cpu",
+    size: Size = "deep",
+    pyreft: Pyreft = None,
+    adapters: Adapters = None,
+) -> None:
+    """A training step, and its peak memory: ReFT, LoRA and the peers against the frozen base."""
+    with Session(out, threads, pyreft, adapters) as session:
+        setting = Setting(size=size, device=device, dtype="float32" if device == "cpu" else "bfloat16")
+        methods = ["reft", "lora", *session.peers]
+        session.results["step"] = found = measure_steps(session, setting, pairs, methods)
+        peaks = {}
+        for name in ("frozen", "reft", "lora"):
+            session.own.ask("build", name=name, method=name, setting=asdict(setting))
+            peaks[name] = session.own.ask("peak", name=name)["bytes"]
+            session.own.ask("drop", name=name)
+        session.results["peak"] = peaks
+        rows = [
+            [
+                name,
+                f"{1e3 * found[name]['seconds']:.1f}",
+                ratio_text(found[name]),
+                f"{peaks[name] / 2**20:.1f} MiB, {peaks[name] / peaks['frozen']:.3f}" if name in peaks else "",
+                str(found[name].get("trainable", 0)),
+            ]
+            for name in ("frozen", *methods)
+        ]
+        print_table(
+            "training step", ["method", "ms", "to the frozen base", "peak memory, to the base's", "trained"], rows
+        )
+        session.save("step")
+
+
+@app.command()
+def inference(
+    pairs: Pairs = 40,
+    out: Out = OUT,
+    threads: Threads = 1,
+    device: Device = "cpu",
+    size: Size = "deep",
+    tokens: Annotated[int, typer.Option(help="tokens to generate")] = 32,
+) -> None:
+    """Prefill and decode steps, loading and switching, size of the adapter."""
+    with Session(out, threads) as session:
+        setting = asdict(Setting(size=size, device=device, dtype="float32" if device == "cpu" else "bfloat16"))
+        names = ("frozen", "reft", "lora")
+        runs = {}
+        for name in names:
+            session.own.ask("build", name=name, method=name, setting=setting)
+            runs[name, 1] = _run(session.own, "generate", name, tokens=1, rows=8)
+            runs[name, tokens] = _run(session.own, "generate", name, tokens=tokens, rows=8)
+        with Progress(transient=True) as progress:
+            task = progress.add_task("generating", total=pairs)
+            seconds = interleave(
+                {f"{name} {count}": run for (name, count), run in runs.items()},
+                pairs,
+                tick=lambda: progress.advance(task),
+            )
+        prefill = {name: seconds[f"{name} 1"] for name in names}
+        decode = {
+            name: [(whole - first) / (tokens - 1) for whole, first in zip(seconds[f"{name} {tokens}"], prefill[name])]
+            for name in names
+        }
+        found = {
+            name: {
+                "prefill": Ratio.of(prefill[name], prefill["frozen"]).as_dict(),
+                "decode": Ratio.of(decode[name], decode["frozen"]).as_dict(),
+                **({} if name == "frozen" else session.own.ask("load_and_switch", name=name)),
+            }
+            for name in names
+        }
+        session.results["inference"] = found
+        rows = [
+            [
+                name,
+                f"{1e3 * one['prefill']['seconds']:.2f} ms, {ratio_text(one['prefill'])}",
+                f"{1e3 * one['decode']['seconds']:.2f} ms, {ratio_text(one['decode'])}",
+                f"{1e3 * one['load_seconds']:.0f} ms" if "load_seconds" in one else "",
+                f"{1e3 * one['switch_seconds']:.2f} ms" if "switch_seconds" in one else "",
+                f"{one['bytes'] / 1024:.0f} KiB" if "bytes" in one else "",
+            ]
+            for name, one in found.items()
+        ]
+        print_table(
+            "inference, one row", ["method", "prefill of 96 tokens", "decode step", "load", "switch", "size"], rows
+        )
+        session.save("inference")
+
+
+SCALES: dict[str, tuple[str, list[Any]]] = {
+    "rank": ("rank", [1, 4, 16, 64]),
+    "positions": ("positions", ["f1+l1", "f7+l7", "f16+l16", "f32+l32"]),
+    "edited layers": ("layers", [1, 8, 16, 32]),
+    "unedited layers": ("base_layers", [2, 8, 16, 32]),
+    "tokens of a row": ("length", [64, 128, 256, 512]),
+}
+
+
+@app.command()
+def scaling(pairs: Pairs = 30, out: Out = OUT, threads: Threads = 1, device: Device = "cpu") -> None:
+    """Step cost against rank, positions, layers and length, with plots: what one more of each adds."""
+    with Session(out, threads) as session:
+        found: dict[str, list[dict[str, Any]]] = {}
+        for name, (field, values) in SCALES.items():
+            found[name] = []
+            for value in values:
+                setting, methods = Setting(device=device), ["reft", "lora"]
+                if field == "layers":
+                    setting.layers = list(range(32 - value, 32))
+                elif field == "base_layers":  # of which the last two are edited
+                    setting.base_layers, setting.layers, methods = value, [value - 2, value - 1], ["reft"]
+                elif field == "length":
+                    setting.length, setting.prompt, setting.batch = value, value * 3 // 4, max(1, 1024 // value)
+                else:
+                    setattr(setting, field, value)
+                number = value if isinstance(value, int) else sum(setting.first_and_last)
+                if field == "base_layers":
+                    number = value - 2
+                measured = measure_steps(session, setting, pairs, methods)
+                found[name] += [
+                    {"method": method, "value": number, "base_seconds": measured["frozen"]["seconds"]}
+                    | measured[method]
+                    for method in methods
+                ]
+        session.results["scaling"] = found
+        rows = []
+        for name, points in found.items():
+            own = [point for point in points if point["method"] == "reft"]
+            added = [{"value": p["value"], "ratio": 1e3 * (p["seconds"] - p["base_seconds"])} for p in own]
+            _, gradient = slope(added)
+            costs = ", ".join(f"{p['value']}: {p['ratio']:.3f}" for p in own)
+            rows.append([name, costs, f"{gradient:+.3f} ms"])
+        print_table("ReFT's step to the frozen base's", ["varied", "value: ratio", "one more adds"], rows)
+        session.save("scaling")
+        for path in plot_scaling(found, out):
+            typer.echo(f"Written: {path}")
+
+
+@app.command()
+def gpu(
+    pairs: Pairs = 30,
+    out: Out = OUT,
+    batch: Annotated[int, typer.Option(help="rows of a batch")] = 8,
+    length: Annotated[int, typer.Option(help="tokens of a row")] = 1024,
+    flash: Annotated[bool, typer.Option(help="flash attention too; needs the package flash-attn")] = False,
+) -> None:
+    """On a GPU: one billion random weights in bfloat16, with and without checkpointing, packed, and in 4 bits."""
+    kinds: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "gradient checkpointing": {"checkpointing": True},
+        "packed": {"packed": True},
+        "4 bits": {"four_bit": True},
+    }
+    if flash:
+        kinds |= {"flash": {"attention": "flash_attention_2"}}
+        kinds |= {"flash, packed": {"attention": "flash_attention_2", "packed": True}}
+    with Session(out, threads=4) as session:
+        rows, session.results["gpu"] = [], {}
+        for name, given in kinds.items():
+            setting = Setting(
+                size="1b",
+                batch=batch,
+                length=length,
+                prompt=length * 3 // 4,
+                device="cuda",
+                dtype="bfloat16",
+                given=given,
+                **given,
+            )
+            try:
+                found = measure_steps(session, setting, pairs, ["reft", "lora"])
+            except WorkerError as error:
+                typer.echo(f"{name}: {error}")
+                continue
+            session.results["gpu"][name] = found
+            rows.append(
+                [
+                    name,
+                    f"{1e3 * found['frozen']['seconds']:.1f}",
+                    ratio_text(found["reft"]),
+                    ratio_text(found["lora"]),
+                ]
+            )
+        print_table(
+            "training step, one billion weights", ["kind", "frozen base, ms", "ReFT to it", "LoRA to it"], rows
+        )
+        session.save("gpu")
+
+
+if __name__ == "__main__":
+    app()
