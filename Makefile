@@ -4,6 +4,7 @@
 STACK ?= axolotl
 PYTHON ?= python3
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 VENV = .venv-$(STACK)
 BIN = $(CURDIR)/$(VENV)/bin
 # More than eight threads or test workers cost memory and gain little with models of this size.
@@ -14,7 +15,7 @@ export HF_HUB_OFFLINE = 1
 export AXOLOTL_DO_NOT_TRACK = 1
 export PYTHON
 
-.PHONY: help env quickstart test lint format clean
+.PHONY: help env quickstart test bench lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## say what there is
@@ -58,6 +59,15 @@ lint: env  ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+# BENCH_ARGS="--pyreft .../bin/python --adapters .../bin/python" measures those too. On a GPU: "python -m benchmarks gpu".
+bench: override STACK = newest
+bench: override VENV = .venv-newest
+bench: env  ## measure training steps, memory, inference and scaling, into outputs/benchmarks
+	@$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python -e ".[bench]"
+	@$(VENV)/bin/python -m benchmarks step $(BENCH_ARGS)
+	@$(VENV)/bin/python -m benchmarks inference
+	@$(VENV)/bin/python -m benchmarks scaling
 
 format: env  ## let ruff mend what it can
 	@$(BIN)/ruff check --fix .

@@ -255,6 +255,40 @@ def scaling(pairs: Pairs = 30, out: Out = OUT, threads: Threads = 1, device: Dev
 
 
 @app.command()
+def learning(
+    data: Annotated[
+        list[Path], typer.Option(help="a file of examples, as LLM-Adapters has them; several times for several")
+    ],
+    base: Annotated[str, typer.Option(help="folder or hub name of a causal language model")],
+    out: Out = OUT,
+    threads: Threads = 1,
+    seeds: Annotated[int, typer.Option(help="how many seeds")] = 3,
+    examples: Annotated[int, typer.Option(help="examples of one epoch")] = 300,
+    rank: Annotated[int, typer.Option(help="of the edit")] = 8,
+    rate: Annotated[float, typer.Option(help="learning rate")] = 2e-3,
+    way: Annotated[str, typer.Option(help="ours, householder, or both")] = "both",
+) -> None:
+    """Training loss with R kept orthonormal our way, and by torch's Householder parametrization."""
+    import torch
+
+    from .learning import train
+
+    torch.set_num_threads(threads)
+    ways = ["ours", "householder"] if way == "both" else [way]
+    with Session(out, threads) as session:
+        session.results["learning"] = found = []
+        for seed in range(seeds):
+            for one in ways:
+                run = train(one, base, data, seed=seed, examples=examples, rank=rank, rate=rate, tokens=7, batch=4)
+                tail = run["losses"][-max(1, len(run["losses"]) // 5) :]
+                found.append({"way": one, "seed": seed, "final": sum(tail) / len(tail), **run})
+                typer.echo(f"seed {seed}, {one}: {found[-1]['final']:.4f}, R Rᵀ − I {run['off']:.1e}")
+        rows = [[f"{r['way']}", str(r["seed"]), f"{r['losses'][0]:.3f}", f"{r['final']:.4f}"] for r in found]
+        print_table("loss", ["R", "seed", "first step", "mean of the last fifth"], rows)
+        session.save(f"learning-{way}")
+
+
+@app.command()
 def gpu(
     pairs: Pairs = 30,
     out: Out = OUT,

@@ -81,26 +81,29 @@ class PreparedWeights:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[list[nn.Parameter], list[int], Prepared]] = {}
+        self._kept: dict[tuple[str, str], tuple[int, list[nn.Parameter], list[int], Prepared]] = {}
+        self._age = 0  # what a thread prepares while another has it forgotten is of an age that is over
 
     def __getstate__(self) -> dict:
-        return {"_kept": {}}
+        return {"_kept": {}, "_age": 0}
 
     def forget(self) -> None:
         """Let all be prepared anew."""
+        self._age += 1
         self._kept.clear()
 
     def of(self, layers: Sequence[ReftLayer], adapter_name: str) -> Prepared:
-        """The weights of an adapter in these layers, which are all that have it."""
+        """The weights of an adapter in all the layers of an encoder, or of the rest, that have it."""
         if sharding.is_distributed():  # FSDP2 fills parameters anew without a trace
             return _prepare_without_graph(layers, adapter_name)
         parameters = [one for layer in layers for one in layer.weights(adapter_name) if one is not None]
-        versions = [0 if parameter.is_inference() else parameter._version for parameter in parameters]
-        kept = self._kept.get(adapter_name)
-        if kept is not None and versions == kept[1] and all(map(operator.is_, parameters, kept[0])):
-            return kept[2]
+        age, versions = self._age, [0 if one.is_inference() else one._version for one in parameters]
+        key = (adapter_name, layers[0].name)
+        kept = self._kept.get(key)
+        if kept is not None and kept[0] == age and kept[2] == versions and all(map(operator.is_, parameters, kept[1])):
+            return kept[3]
         prepared = _prepare_without_graph(layers, adapter_name)
-        self._kept[adapter_name] = (parameters, versions, prepared)
+        self._kept[key] = (age, parameters, versions, prepared)
         return prepared
 
 

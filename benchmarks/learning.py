@@ -1,0 +1,155 @@
+"""Does speed cost learning? The same data, start and order, with R kept orthonormal in two ways.
+
+Ours: the parameter itself is orthonormal, and is brought back to it after each step. The other: pyreft's way, torch's Householder
+parametrization (`torch.nn.utils.parametrizations.orthogonal`), whose free parameters the optimizer steps. Both start at the base
+model, from the same R and W.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+IGNORED = -100
+
+
+class HouseholderEdit(nn.Module):
+    """LoReFT around a block, as plainly as it can be written: f + l tokens with weights of their own."""
+
+    def __init__(self, block: nn.Module, R_GRD: Tensor, tokens: int) -> None:
+        super().__init__()
+        self.block, self.tokens = block, tokens
+        self.places: list[list[list[int]]] = []  # for each row: its first tokens, its last
+        groups, rank, width = R_GRD.shape
+        self.rotate = nn.ModuleList(nn.Linear(width, rank, bias=False) for _ in range(groups))
+        self.source = nn.ModuleList(nn.Linear(width, rank) for _ in range(groups))
+        for g in range(groups):
+            orthogonal(self.rotate[g], orthogonal_map="householder")
+            self.rotate[g].weight = R_GRD[g].clone()
+            with torch.no_grad():
+                self.source[g].weight.copy_(R_GRD[g])
+                self.source[g].bias.zero_()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        h = self.block(*args, **kwargs).clone()
+        for row, groups in enumerate(self.places):
+            for g, places in enumerate(groups):
+                own, R = h[row, places], self.rotate[g].weight
+                h[row, places] = own + (self.source[g](own) - own @ R.mT) @ R
+        return h
+
+
+def read_rows(files: list[Path], count: int, seed: int) -> list[dict[str, str]]:
+    """So many examples of LLM-Adapters' files, shuffled, the same number of each."""
+    chosen = []
+    for file in files:
+        rows = json.loads(file.read_text())
+        random.Random(seed).shuffle(rows)
+        chosen += rows[: count // len(files)]
+    random.Random(seed).shuffle(chosen)
+    return chosen
+
+
+def encode(rows: list[dict[str, str]], tokenizer: Any) -> dict[str, Tensor]:
+    """A batch, padded on the right, with labels at the answers."""
+    encoded = []
+    for row in rows:
+        prompt = tokenizer(f"{row['instruction']}\n\n### Response:\n")["input_ids"]
+        answer = tokenizer(row["output"])["input_ids"] + [tokenizer.eos_token_id]
+        encoded.append((prompt + answer, [IGNORED] * len(prompt) + answer))
+    width = max(len(ids) for ids, _ in encoded)
+
+    def padded(values: list[int], filler: int) -> list[int]:
+        return values + [filler] * (width - len(values))
+
+    return {
+        "input_ids": torch.tensor([padded(ids, 0) for ids, _ in encoded]),
+        "attention_mask": torch.tensor([padded([1] * len(ids), 0) for ids, _ in encoded]),
+        "labels": torch.tensor([padded(labels, IGNORED) for _, labels in encoded]),
+    }
+
+
+def places(batch: dict[str, Tensor], tokens: int) -> list[list[list[int]]]:
+    """The first and the last tokens of each row's prompt. The prompts are long enough for both."""
+    found = []
+    for row in batch["labels"]:
+        length = int((row != IGNORED).int().argmax())
+        found.append([list(range(tokens)), list(range(length - tokens, length))])
+    return found
+
+
+def train(
+    way: str,
+    base: str,
+    files: list[Path],
+    *,
+    seed: int,
+    examples: int,
+    rank: int,
+    rate: float,
+    tokens: int,
+    batch: int,
+) -> dict[str, Any]:
+    """Train one epoch.
+
+    Args:
+        way (`str`): `"ours"` or `"householder"`.
+        base (`str`): A folder or hub name of a causal language model.
+        files (`list[Path]`): Examples, as LLM-Adapters has them.
+        seed, examples, rank, rate, tokens, batch: Of the run: seed, number of examples, r, learning rate, f and l, rows of a batch.
+
+    Returns:
+        `dict`: `losses` of all steps, and how far the rows of R are from orthonormal at the end.
+    """
+    from peft import get_peft_model
+
+    import peft_reft
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).requires_grad_(False)
+    torch.manual_seed(seed)
+    config = peft_reft.ReftConfig(r=rank, positions=f"f{tokens}+l{tokens}", task_type="CAUSAL_LM")
+    ours = get_peft_model(model, config).train()
+    layers = ours.get_base_model().model.layers
+    edits = []
+    if way == "householder":
+        starts = [layer.reft_R["default"].detach().clone() for layer in layers]
+        model = ours.unload()
+        for index, R in enumerate(starts):
+            model.model.layers[index] = edit = HouseholderEdit(model.model.layers[index], R, tokens)
+            edits.append(edit)
+    run = ours if way == "ours" else model
+    trained = [parameter for parameter in run.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
+    rows = read_rows(files, examples, seed)
+    losses = []
+    for start in range(0, len(rows) - batch + 1, batch):
+        inputs = encode(rows[start : start + batch], tokenizer)
+        for edit in edits:
+            edit.places = places(inputs, tokens)
+        loss = run(**inputs, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    if way == "ours":
+        ours.state_dict()  # which sees to it that what is saved is orthonormal
+        bases = [layer.reft_R["default"] for layer in layers]
+    else:
+        bases = [torch.stack([rotate.weight for rotate in edit.rotate]) for edit in edits]
+    off = max((R @ R.mT - torch.eye(rank)).abs().max().item() for R in bases)
+    return {"losses": losses, "off": off, "trained": sum(parameter.numel() for parameter in trained)}
