@@ -157,6 +157,7 @@ def inference(
     device: Device = "cpu",
     size: Size = "deep",
     tokens: Annotated[int, typer.Option(help="tokens to generate")] = 32,
+    rows: Annotated[int, typer.Option(help="prompts at once")] = 8,
 ) -> None:
     """Prefill and decode steps, loading and switching, size of the adapter."""
     with Session(out, threads) as session:
@@ -165,8 +166,8 @@ def inference(
         runs = {}
         for name in names:
             session.own.ask("build", name=name, method=name, setting=setting)
-            runs[name, 1] = _run(session.own, "generate", name, tokens=1, rows=8)
-            runs[name, tokens] = _run(session.own, "generate", name, tokens=tokens, rows=8)
+            runs[name, 1] = _run(session.own, "generate", name, tokens=1, rows=rows)
+            runs[name, tokens] = _run(session.own, "generate", name, tokens=tokens, rows=rows)
         with Progress(transient=True) as progress:
             task = progress.add_task("generating", total=pairs)
             seconds = interleave(
@@ -188,7 +189,7 @@ def inference(
             for name in names
         }
         session.results["inference"] = found
-        rows = [
+        lines = [
             [
                 name,
                 f"{1e3 * one['prefill']['seconds']:.2f} ms, {ratio_text(one['prefill'])}",
@@ -200,9 +201,11 @@ def inference(
             for name, one in found.items()
         ]
         print_table(
-            "inference, one row", ["method", "prefill of 96 tokens", "decode step", "load", "switch", "size"], rows
+            f"inference, {rows} row(s)",
+            ["method", "prefill of 96 tokens", "decode step", "load", "switch", "size"],
+            lines,
         )
-        session.save("inference")
+        session.save(f"inference-{size}-{rows}")
 
 
 SCALES: dict[str, tuple[str, list[Any]]] = {

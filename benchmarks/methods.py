@@ -17,6 +17,15 @@ VOCABULARY = 256
 SIZES: dict[str, dict[str, int]] = {
     # Small and deep, so that the cost of dispatching operations counts on a CPU as it does on a GPU.
     "deep": {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 32, "num_attention_heads": 4},
+    # As SmolLM2-135M.
+    "135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
     # About one billion weights.
     "1b": {
         "hidden_size": 2048,

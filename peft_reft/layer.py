@@ -292,28 +292,24 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         # The output of a block is edited in place, which saves a copy and lets whoever has taken hold of the hidden
         # state see the edit: transformers collects `hidden_states` with hooks on the wrapped block. Autograd allows it
         # for any operation that does not keep its own result, and says so when one does.
-        owned = (
-            self.is_block and _may_be_written(h) and not any(h is argument for argument in (*args, *kwargs.values()))
-        )
+        writable = not torch.is_grad_enabled() or _may_be_written(h)
+        owned = self.is_block and writable and not _is_among(h, args, kwargs.values())
         for job in jobs:
-            edited = (self._edit_all if job.rows is None else self._edit)(h, job, in_place=owned)
-            owned, h = owned or edited is not h, edited
+            if job.selection is not None and h.shape[:-1] != job.selection.edited_BS.shape:
+                self._check_shape(h, job.selection)
+            if job.rows is None:
+                edited = self._edit_all(h, job, in_place=owned)
+                owned, h = owned or edited is not h, edited
+                continue
+            if not (owned and h.is_contiguous()):
+                owned, h = True, h.clone(memory_format=torch.contiguous_format)
+            h = edit_rows(h, job.rows, job.edit, job.weights(self, h.dtype))
         return (h, *output[1:]) if isinstance(output, tuple) else h
-
-    def _edit(self, h: Tensor, job: Job, in_place: bool) -> Tensor:
-        """Edit the selected rows of h [B, S, D] or [T, D]. Returns h itself, or a copy where it may not be written to."""
-        assert job.selection is not None and job.rows is not None
-        if h.shape[:-1] != job.selection.edited_BS.shape:
-            self._check_shape(h, job.selection)
-        if not (in_place and h.is_contiguous()):
-            h = h.clone(memory_format=torch.contiguous_format)
-        return edit_rows(h, job.rows, job.edit, job.weights(self, h.dtype))
 
     def _edit_all(self, h: Tensor, job: Job, in_place: bool) -> Tensor:
         """Edit every row of h [..., D], or, in a mixed batch, of the examples that use the adapter."""
         unused_TR, weights = None, job.weights(self, h.dtype)
         if job.selection is not None:
-            self._check_shape(h, job.selection)
             kept_TR = job.selection.to(h.device).kept_TR
             unused_TR = None if kept_TR is None else ~kept_TR
         if job.mixed is None:
