@@ -218,18 +218,27 @@ SCALES: dict[str, tuple[str, list[Any]]] = {
 
 
 @app.command()
-def scaling(pairs: Pairs = 30, out: Out = OUT, threads: Threads = 1, device: Device = "cpu") -> None:
+def scaling(
+    pairs: Pairs = 30,
+    out: Out = OUT,
+    threads: Threads = 1,
+    device: Device = "cpu",
+    vary: Annotated[list[str], typer.Option(help="what to vary; several times for several")] = list(SCALES),  # noqa: B006
+) -> None:
     """Step cost against rank, positions, layers and length, with plots: what one more of each adds."""
     with Session(out, threads) as session:
         found: dict[str, list[dict[str, Any]]] = {}
-        for name, (field, values) in SCALES.items():
+        for name in vary:
+            field, values = SCALES[name]
             found[name] = []
             for value in values:
                 setting, methods = Setting(device=device), ["reft", "lora"]
                 if field == "layers":
-                    setting.layers = list(range(32 - value, 32))
-                elif field == "base_layers":  # of which the last two are edited
-                    setting.base_layers, setting.layers, methods = value, [value - 2, value - 1], ["reft"]
+                    setting.layers = list(
+                        range(value)
+                    )  # from below: backward goes through all, as it does in the base
+                elif field == "base_layers":  # of which the first two are edited
+                    setting.base_layers, setting.layers, methods = value, [0, 1], ["reft"]
                 elif field == "length":
                     setting.length, setting.prompt, setting.batch = value, value * 3 // 4, max(1, 1024 // value)
                 else:
@@ -252,7 +261,7 @@ def scaling(pairs: Pairs = 30, out: Out = OUT, threads: Threads = 1, device: Dev
             costs = ", ".join(f"{p['value']}: {p['ratio']:.3f}" for p in own)
             rows.append([name, costs, f"{gradient:+.3f} ms"])
         print_table("ReFT's step to the frozen base's", ["varied", "value: ratio", "one more adds"], rows)
-        session.save("scaling")
+        session.save("scaling" if len(vary) == len(SCALES) else "scaling-" + "-".join(vary).replace(" ", "-"))
         for path in plot_scaling(found, out):
             typer.echo(f"Written: {path}")
 
