@@ -30,7 +30,7 @@ from .generation import Generation
 from .layer import ReftLayer
 from .loading import check_state_dict, check_weights
 from .mixed import MixedBatch
-from .plan import Jobs, plan, with_own_weights
+from .plan import Job, Jobs, plan, with_own_weights
 from .positions import Selection
 from .selecting import Call, Selector
 from .targets import encoder_of
@@ -139,14 +139,16 @@ class ForwardContext:
         self._stop.remove()
         model.__dict__.pop("generate", None)
 
-    def jobs_outside(self, layer: ReftLayer) -> Jobs:
-        """The jobs of a layer that runs by itself, outside any forward, which is possible where all tokens are edited.
+    def unplanned_jobs(self, layer: ReftLayer) -> tuple[Job, ...]:
+        """The jobs of a layer that is not in the plan, or runs outside any forward, which is possible where all tokens are edited.
 
         Raises:
             RuntimeError: where they are not, so that the tokens to edit are unknown.
         """
-        jobs = plan([layer], {}, {}, self.mixed)
-        if any(layer.needs_selection(job.adapter_name) for job in jobs.get(layer.name, ())):
+        if self.state.resting:
+            return ()
+        jobs = plan([layer], {}, {}, self.mixed)[layer.name]
+        if any(layer.needs_selection(job.adapter_name) for job in jobs):
             raise RuntimeError(
                 f"{layer.name!r} ran without a Selection: it was called outside a forward of the whole model, so ReFT can't "
                 "know which tokens to edit. Call the PeftModel (or its base model), not a part of it. If the call came "
@@ -232,7 +234,7 @@ class ForwardContext:
         if self.mixed is not None:
             first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             self.mixed.refuse_other_size(first.shape[0], repeated=generation is not None)
-        self._plan(arguments, model.training, in_encoder=False)
+        self._plan(model, arguments, in_encoder=False)
         if generation is not None:
             generation.advance()
         return args, {key: value for key, value in kwargs.items() if key not in TOLD}
@@ -256,16 +258,19 @@ class ForwardContext:
             state.jobs = {}
             state.told = state.generation.told if state.generation is not None else {}
             self._settle_weights(encoder)
-        self._plan({**dict(zip(self.encoder_parameters, args)), **kwargs}, encoder.training, in_encoder=True)
+        self._plan(encoder, {**dict(zip(self.encoder_parameters, args)), **kwargs}, in_encoder=True)
 
     @torch.compiler.disable
     def _after_encoder(self, encoder: nn.Module, args: tuple, output: Any) -> None:
         if self.state.encoder_alone:
             self.state.clear()
 
-    def _plan(self, arguments: dict[str, Any], training: bool, in_encoder: bool) -> None:
-        """Find what every adapter edits, prepare the weights of those that have something to edit, and note each layer's part."""
+    def _plan(self, module: nn.Module, arguments: dict[str, Any], in_encoder: bool) -> None:
+        """Find what every adapter edits in a call of the model or its encoder, prepare the weights of those that have something to
+        edit, and note each layer's part."""
         state, selections = self.state, {}
+        # DataParallel's copies on other devices have weights of their own, which these layers are not.
+        replica = getattr(module, "_is_replica", False)
         in_use = self._in_use(in_encoder)
         if in_use and sharding.is_distributed():
             sharding.refuse_split_sequences()
@@ -274,7 +279,7 @@ class ForwardContext:
             groups = None if config.subspaces is None else tuple(config.subspaces.items())
             kind = (self.rules[name], groups)
             if kind not in by_rules:
-                call = self._call(name, arguments, training, in_encoder)
+                call = self._call(name, arguments, module.training, in_encoder)
                 by_rules[kind] = self._selector.select(self.rules[name], config.subspaces, call)
             selection = by_rules[kind]
             if self.mixed is not None and selection is not None:
@@ -285,11 +290,12 @@ class ForwardContext:
         prepared = {
             name: found
             for name in self._active()
-            if (name not in in_use or selections[name, in_encoder] is not None)
+            if not replica
+            and (name not in in_use or selections[name, in_encoder] is not None)
             and (found := self._prepared_weights(layers, name, in_graph=name in in_use)) is not None
         }
         assert state.jobs is not None
-        state.jobs.update(plan(layers, selections, prepared, self.mixed))
+        state.jobs.update(plan(layers, selections, prepared, self.mixed, on_own_devices=not replica))
         state.recomputed = None
 
     def _call(self, name: str, arguments: dict[str, Any], training: bool, in_encoder: bool) -> Call:

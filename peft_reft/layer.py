@@ -41,7 +41,7 @@ class SelectionSource(Protocol):
     @property
     def state(self) -> CallState: ...
 
-    def jobs_outside(self, layer: ReftLayer) -> Jobs: ...
+    def unplanned_jobs(self, layer: ReftLayer) -> tuple[Job, ...]: ...
 
     def forget_weights(self) -> None: ...
 
@@ -179,8 +179,12 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def weights(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter | None, nn.Parameter | None]:
         """R, W and b of an adapter, where it has them."""
-        # Past ParameterDict's own ways, which take their time: this is asked for every layer in every step.
-        R, W, b = (weights._parameters.get(adapter_name) for weights in (self.reft_R, self.reft_W, self.reft_b))
+        dicts = (self.reft_R, self.reft_W, self.reft_b)
+        # Past ParameterDict's own ways, which take their time: this is asked for every layer in every step. What DataParallel
+        # replicates has its parameters elsewhere.
+        R, W, b = (weights._parameters.get(adapter_name) for weights in dicts)
+        if R is None:
+            R, W, b = (weights[adapter_name] if adapter_name in weights else None for weights in dicts)
         assert R is not None
         return R, W, b
 
@@ -278,8 +282,10 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        plan = self.context.state.jobs
-        jobs = (self.context.jobs_outside(self) if plan is None else plan).get(self.name)
+        planned = self.context.state.jobs
+        jobs = None if planned is None else planned.get(self.name)
+        if jobs is None:
+            jobs = self.context.unplanned_jobs(self)
         output = self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]  # without the search of __getattr__
         if not jobs:
             return output

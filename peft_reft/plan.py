@@ -68,14 +68,16 @@ def plan(
     selections: Mapping[tuple[str, bool], Selection | None],
     prepared: Mapping[str, tuple[Prepared, bool]],
     mixed: MixedBatch | None,
+    on_own_devices: bool = True,
 ) -> Jobs:
-    """The jobs of some layers, by the layer's name. Those that have none are left out.
+    """The jobs of some layers, by the layer's name. Each is there, whether it has any or not.
 
     Args:
         layers (`Iterable[ReftLayer]`): The layers.
         selections (`Mapping`): What each adapter edits, in an encoder and elsewhere. One that is not there edits all rows.
         prepared (`Mapping`): The weights of adapters, and whether they have a gradient.
         mixed (`MixedBatch`, *optional*): The adapters of the examples, where each has its own.
+        on_own_devices (`bool`): Whether these layers run, and not copies of them on the batch's device.
     """
     jobs: Jobs = {}
     made: dict[tuple, Job] = {}  # most layers have theirs in common
@@ -90,13 +92,13 @@ def plan(
                 selection = selections.get(side)
                 if selection is None and side in selections:  # a decode step
                     continue
-                selection = None if selection is None else selection.to(R.device)
+                if selection is not None and on_own_devices:
+                    selection = selection.to(R.device)
                 rows = None if selection is None else selection.rows(rank)
                 edit = layer.edit(name)
                 made[kind] = Job(name, edit, selection, rows, mixed, *prepared.get(name, (None, False)))
             own.append(made[kind])
-        if own:
-            jobs[layer.name] = tuple(own)
+        jobs[layer.name] = tuple(own)
     return jobs
 
 

@@ -161,6 +161,50 @@ def test_who_listens_to_a_layer_hears_of_decode_steps_too():
     assert len(heard) == 5
 
 
+def test_a_layer_that_is_not_in_the_plan_of_a_forward_is_an_error():
+    model = adapted().eval()
+    context, block = model.base_model._context, blocks(model)[1]
+    context.state.jobs = {}  # as while an encoder runs whose call was not noticed
+    try:
+        with pytest.raises(RuntimeError, match="ran without a Selection"):
+            block(
+                torch.zeros(1, 9, 32),
+                position_embeddings=model.get_base_model().model.rotary_emb(torch.zeros(1), torch.arange(9)[None]),
+            )
+    finally:
+        context.state.clear()
+
+
+def replicated(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy as `torch.nn.DataParallel` makes it for a further device: its parameters are tensors of the graph."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        setattr(replica, name, replicated(child))
+    for name, parameter in module._parameters.items():
+        setattr(replica, name, None if parameter is None else parameter.clone())
+    return replica
+
+
+@pytest.mark.parametrize("positions", ["f2+l3", "all"])
+def test_replicas_of_data_parallel_read_their_own_weights(positions):
+    batch = labelled(9, 6, prompt=4, seed=1)
+    model, expected = adapted(positions=positions).train(), adapted(positions=positions).train()
+    expected(**batch).loss.backward()
+    replica = replicated(model.get_base_model())
+    with torch.no_grad():  # what a replica must not read
+        saved = [weight(block, "W").clone() for block in blocks(model)]
+        for block in blocks(model):
+            weight(block, "W").zero_()
+    loss = replica(**batch).loss
+    with torch.no_grad():
+        for block, W in zip(blocks(model), saved):
+            weight(block, "W").copy_(W)
+    loss.backward()
+    for one, other in zip(model.parameters(), expected.parameters()):
+        if other.grad is not None:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_a_forward_between_two_generations_is_no_decode_step():
     model, batch = adapted().eval(), prompts(9)
     before = model(**batch).logits
@@ -198,7 +242,7 @@ def test_weights_are_prepared_once_for_inference_and_adapters_are_switched_witho
 
 
 def write(model, how):
-    R, W = weight(blocks(model)[1], "R"), weight(blocks(model)[1], "W")
+    W = weight(blocks(model)[1], "W")
     if how == "in place":
         with torch.no_grad():
             W.add_(0.5)
@@ -214,8 +258,8 @@ def write(model, how):
         state = get_peft_model_state_dict(model)
         set_peft_model_state_dict(model, {k: v + 0.5 * ("layers.1.reft_W" in k) for k, v in state.items()})
     else:
-        W.grad, R.grad = -torch.ones_like(W), torch.zeros_like(R)
-        torch.optim.SGD([W, R], lr=0.5, fused=how == "fused step").step()
+        W.grad = -torch.ones_like(W)  # of W alone: a step of R is noticed by itself
+        torch.optim.SGD([W], lr=0.5, fused=how == "fused step").step()
 
 
 @pytest.mark.parametrize(
