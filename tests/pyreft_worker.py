@@ -4,7 +4,8 @@
 
 jobs.json: a list of {"case": as in cases.json, "folder": a checkpoint, "by": "state" or "load"}. By "state", its weights are put into a
 model made like the case, as `load_intervention` does; by "load", pyreft's own `ReftModel.load` makes all of it, on a base in bfloat16.
-A job {"tables": true} gives the modules that pyvene's components of a layer lie in, as `tables.json` beside the results.
+A job {"tables": true} gives the modules that pyvene's components of a layer lie in, as `tables.json` beside the results, and a job
+{"locations": [[positions, share_weights, length], ...]} pyreft's lists for two interventions in a prompt, as `locations.json`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,15 @@ def main() -> None:
     for index, job in enumerate(jobs):
         if job.get("tables"):
             (target.parent / "tables.json").write_text(json.dumps(tables()))
+            continue
+        if "locations" in job:
+            lists = [
+                pyreft.get_intervention_locations(
+                    last_position=length, positions=positions, num_interventions=2, share_weights=tied
+                )
+                for positions, tied, length in job["locations"]
+            ]
+            (target.parent / "locations.json").write_text(json.dumps(lists))
             continue
         case, folder = job["case"], job["folder"]
         if job["by"] == "load":

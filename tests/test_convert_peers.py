@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from peft_reft import ReftConfig
 from peft_reft.conversion import export_pyreft
 from peft_reft.conversion.components import ARCHITECTURES, path_of
+from peft_reft.positions import PositionSpec, first_and_last
+from peft_reft.prompts import Prompts
 
 
 PYTHON = os.environ.get("PYREFT_PYTHON")
@@ -112,6 +114,32 @@ def test_pyrefts_own_load_takes_both_alike(tmp_path):
     results = pyreft(jobs, tmp_path)
     for index, name in enumerate(LOADABLE):
         assert torch.equal(results[f"{2 * index}.logits"], results[f"{2 * index + 1}.logits"]), name
+
+
+def test_positions_are_those_of_pyrefts_lists(tmp_path):
+    """The same tokens, but on prompts of fewer than 2 · max(first, last) where there are not as many first as last ones."""
+    asked = [
+        (positions, tied, length)
+        for positions in ("f7+l7", "f3+l3", "f1+l1", "f2+l5", "f5+l2", "f3", "l4", "l1")
+        for tied in (True, False)
+        for length in range(1, 25)
+    ]
+    pyreft([{"locations": asked}], tmp_path)
+    differing = 0
+    for (positions, tied, length), lists in zip(asked, json.loads((tmp_path / "locations.json").read_text())):
+        spec = PositionSpec.parse(positions)
+        whole = torch.ones(1, length, dtype=torch.bool)
+        start = torch.arange(length)[None] == 0
+        first, last = first_and_last(Prompts(whole, start, None, 1), spec)
+        ours = [(first | last).nonzero()[:, 1].tolist()] * 2
+        if spec.groups(tied) == 2:
+            ours = [first.nonzero()[:, 1].tolist(), last.nonzero()[:, 1].tolist()]
+        theirs = [sorted({place for place in places if place >= 0}) for places in lists]
+        if spec.first != spec.last and length < 2 * max(spec.first, spec.last):
+            differing += ours != theirs
+        else:
+            assert ours == theirs, (positions, tied, length)
+    assert differing > 0
 
 
 def test_the_components_are_pyvenes(tmp_path):
