@@ -260,9 +260,8 @@ def _kinds_of(tensors: dict[str, Tensor]) -> set[str]:
 def _check_order(checkpoint: Checkpoint, modules: list[str], folder: Path) -> None:
     """Two sets of weights: pyreft gives the first half of all interventions the first tokens."""
     half = len(modules) // 2
-    if any(len(sets) == 2 for sets in checkpoint.modules.values()) and sorted(modules[:half]) != sorted(
-        modules[half:]
-    ):
+    in_pairs = any(len(sets) == 2 for sets in checkpoint.modules.values())
+    if in_pairs and sorted(modules[:half]) != sorted(modules[half:]):
         raise ValueError(
             f"{folder}: of {len(modules)} interventions, the first half, which pyreft gives the first tokens, edits {modules[:half]}, "
             f"and the second {modules[half:]}. They must be the same modules."
