@@ -13,6 +13,7 @@ from peft import PeftConfig
 from transformers import AutoTokenizer
 
 from .config import ReftConfig
+from .conversion import Conversion, convert_adapters, convert_pyreft, export_pyreft
 from .explain import explain_positions
 from .rows import TEMPLATES, encode_row, pad_rows, read_rows
 
@@ -64,6 +65,77 @@ def positions(
     for rows in groups:
         if rows:
             explain_positions(config, tokens, pad_rows(rows))
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="A checkpoint's folder: pyreft's, the adapters library's, or PEFT's.")
+    ],
+    out: Annotated[Path, typer.Argument(help="A new folder to write to.")],
+    to: Annotated[str, typer.Option(help="'peft', or 'pyreft' for a PEFT adapter to go out again.")] = "peft",
+    base_model: Annotated[
+        str | None, typer.Option(help="The base model's folder or hub name, where the checkpoint does not name it.")
+    ] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="What pyreft's positions were: 'f7+l7', 'f3', 'l1', 'all'. Its files don't say.")
+    ] = None,
+    intervention: Annotated[str | None, typer.Option(help="The edit, where the files don't tell.")] = None,
+    act_fn: Annotated[str | None, typer.Option(help="pyreft's activation function, if there was one.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="pyreft's dropout, to train on with.")] = None,
+    task_type: Annotated[
+        str | None, typer.Option(help="What the base model was loaded for: 'SEQ_CLS' for a classifier.")
+    ] = None,
+    head: Annotated[bool, typer.Option(help="Whether to take along the head that was trained.")] = True,
+    args_file: Annotated[Path | None, typer.Option(help="The args.json of pyreft's training script.")] = None,
+) -> None:
+    """Make a PEFT adapter of a checkpoint of pyreft or of the adapters library, or a checkpoint of pyreft of a PEFT adapter."""
+    kind = _kind_of(source)
+    only_pyreft = {"positions": positions, "act_fn": act_fn, "dropout": dropout, "args_file": args_file}
+    only_in = {**only_pyreft, "intervention": intervention, "task_type": task_type}
+    if (kind, to) == ("pyreft", "peft"):
+        done = convert_pyreft(
+            source, out, base_model, positions, intervention=intervention, act_fn=act_fn, dropout=dropout,
+            task_type=task_type, with_head=head, args_file=args_file,
+        )  # fmt: skip
+    elif (kind, to) == ("adapters", "peft"):
+        _refuse_options(only_pyreft, "the adapters library saves what they say")
+        done = convert_adapters(
+            source, out, base_model, intervention=intervention, task_type=task_type, with_head=head
+        )
+    elif (kind, to) == ("peft", "pyreft"):
+        _refuse_options(only_in, "the adapter's config has what they say")
+        done = export_pyreft(source, out, base_model)
+    else:
+        raise ValueError(
+            f"--to {to}: {source} is a checkpoint of {kind}. PEFT adapters are converted with --to pyreft, others with --to peft."
+        )
+    _report(done)
+
+
+def _kind_of(source: Path) -> str:
+    if (source / "adapter_config.json").exists():
+        config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+        return "peft" if isinstance(config, dict) and "peft_type" in config else "adapters"
+    if source.is_dir():
+        return "pyreft"
+    raise ValueError(f"{source} is no folder. Give the folder of a checkpoint.")
+
+
+def _refuse_options(options: dict[str, Any], reason: str) -> None:
+    given = [f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"{' '.join(given)} has no meaning here: {reason}. Leave it out.")
+
+
+def _report(done: Conversion) -> None:
+    config = done.config
+    typer.echo(
+        f"{done.folder}: {config.intervention}, r={config.r}, positions={config.positions!r}, "
+        f"share_weights={config.share_weights}, act_fn={config.act_fn!r}"
+    )
+    for note in done.notes:
+        typer.echo(f"- {note}")
 
 
 def _read_config(path: Path) -> tuple[ReftConfig, str | None]:
