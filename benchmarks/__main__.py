@@ -80,22 +80,20 @@ def measure_steps(session: Session, setting: Setting, pairs: int, methods: list[
         described = asdict(setting)
         trainable = {}
         runs = {}
-        for name in ["frozen", *methods]:
-            for worker, base in ((workers[name], f"frozen for {name}") if name in peers else (session.own, "frozen"),):
-                if base not in runs:
-                    worker.ask("build", name=base, method="frozen", setting=described)
-                    runs[base] = _run(worker, "step", base)
-                if name != "frozen":
-                    trainable[name] = worker.ask("build", name=name, method=name, setting=described)["trainable"]
-                    runs[name] = _run(worker, "step", name)
-        with Progress(transient=True) as progress:
-            task = progress.add_task("steps", total=pairs)
-            seconds = interleave(runs, pairs, tick=lambda: progress.advance(task))
-        found: dict[str, Any] = {}
+        bases = {name: f"frozen for {name}" if name in peers else "frozen" for name in methods}  # each in its process
+        for name, base in bases.items():
+            if base not in runs:
+                workers[name].ask("build", name=base, method="frozen", setting=described)
+                runs[base] = _run(workers[name], "step", base)
         for name in methods:
-            base = f"frozen for {name}" if name in peers else "frozen"
-            found[name] = Ratio.of(seconds[name], seconds[base]).as_dict() | {"trainable": trainable[name]}
-        found["frozen"] = Ratio.of(seconds["frozen"], seconds["frozen"]).as_dict() if "frozen" in seconds else {}
+            trainable[name] = workers[name].ask("build", name=name, method=name, setting=described)["trainable"]
+            runs[name] = _run(workers[name], "step", name)
+        seconds = _interleave(runs, pairs, "steps")
+        found: dict[str, Any] = {
+            name: Ratio.of(seconds[name], seconds[bases[name]]).as_dict() | {"trainable": trainable[name]}
+            for name in methods
+        }
+        found["frozen"] = Ratio.of(seconds["frozen"], seconds["frozen"]).as_dict()
         for name in ["frozen", *methods]:
             if name not in peers:
                 session.own.ask("drop", name=name)
@@ -110,6 +108,13 @@ def _peer(session: Session, name: str) -> Worker:
 
 def _run(worker: Worker, do: str, name: str, **arguments: Any) -> Any:
     return lambda: worker.ask(do, name=name, **arguments)["seconds"]
+
+
+def _interleave(runs: dict[str, Any], pairs: int, title: str) -> dict[str, list[float]]:
+    """`interleave`, with a progress bar."""
+    with Progress(transient=True) as progress:
+        task = progress.add_task(title, total=pairs)
+        return interleave(runs, pairs, tick=lambda: progress.advance(task))
 
 
 @app.command()
@@ -168,13 +173,7 @@ def inference(
             session.own.ask("build", name=name, method=name, setting=setting)
             runs[name, 1] = _run(session.own, "generate", name, tokens=1, rows=rows)
             runs[name, tokens] = _run(session.own, "generate", name, tokens=tokens, rows=rows)
-        with Progress(transient=True) as progress:
-            task = progress.add_task("generating", total=pairs)
-            seconds = interleave(
-                {f"{name} {count}": run for (name, count), run in runs.items()},
-                pairs,
-                tick=lambda: progress.advance(task),
-            )
+        seconds = _interleave({f"{name} {count}": run for (name, count), run in runs.items()}, pairs, "generating")
         prefill = {name: seconds[f"{name} 1"] for name in names}
         decode = {
             name: [(whole - first) / (tokens - 1) for whole, first in zip(seconds[f"{name} {tokens}"], prefill[name])]
@@ -328,7 +327,6 @@ def gpu(
                 prompt=length * 3 // 4,
                 device="cuda",
                 dtype="bfloat16",
-                given=given,
                 **given,
             )
             try:

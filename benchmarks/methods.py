@@ -6,7 +6,7 @@ have in common.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,7 +73,6 @@ class Setting:
     checkpointing: bool = False
     packed: bool = False
     four_bit: bool = False
-    given: dict[str, Any] = field(default_factory=dict)  # for a report: what was set beside the defaults
 
     @property
     def first_and_last(self) -> tuple[int, int]:
