@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.progress import Progress
 
 from .methods import SIZES, Setting
@@ -297,6 +298,18 @@ def learning(
         rows = [[f"{r['way']}", str(r["seed"]), f"{r['losses'][0]:.3f}", f"{r['final']:.4f}"] for r in found]
         print_table("loss", ["R", "seed", "first step", "mean of the last fifth"], rows)
         session.save(f"learning-{way}")
+
+
+@app.command()
+def parameters(out: Out = OUT) -> None:
+    """Parameters of adapters in the paper's settings, beside the paper's percentages. Takes seconds and no memory."""
+    from .parameters import count, published, table
+
+    with Session(out, threads=1) as session:
+        session.results["parameters"] = found = [count(row) for row in published()]
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        print_table("adapters in the paper's settings", *table(found), console=console)
+        session.save("parameters")
 
 
 @app.command()
