@@ -131,7 +131,7 @@ def step(
     """A training step, and its peak memory: ReFT, LoRA and the peers against the frozen base."""
     with Session(out, threads, pyreft, adapters) as session:
         setting = Setting(size=size, device=device, dtype="float32" if device == "cpu" else "bfloat16")
-        methods = ["reft", "lora", *session.peers]
+        methods = ["reft", "sketch", "lora", *session.peers]
         session.results["step"] = found = measure_steps(session, setting, pairs, methods)
         peaks = {}
         for name in ("frozen", "reft", "lora"):
@@ -168,7 +168,7 @@ def inference(
     """Prefill and decode steps, loading and switching, size of the adapter."""
     with Session(out, threads) as session:
         setting = asdict(Setting(size=size, device=device, dtype="float32" if device == "cpu" else "bfloat16"))
-        names = ("frozen", "reft", "lora")
+        names = ("frozen", "reft", "sketch", "lora")
         runs = {}
         for name in names:
             session.own.ask("build", name=name, method=name, setting=setting)
@@ -184,7 +184,7 @@ def inference(
             name: {
                 "prefill": Ratio.of(prefill[name], prefill["frozen"]).as_dict(),
                 "decode": Ratio.of(decode[name], decode["frozen"]).as_dict(),
-                **({} if name == "frozen" else session.own.ask("load_and_switch", name=name)),
+                **({} if name in ("frozen", "sketch") else session.own.ask("load_and_switch", name=name)),
             }
             for name in names
         }

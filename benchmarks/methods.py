@@ -154,6 +154,46 @@ def frozen(setting: Setting) -> Subject:
     return Subject(_checkpointed(model, setting), lambda model, batch: model(**batch).loss)
 
 
+class _Sketch(torch.nn.Module):
+    """LoReFT's arithmetic around a block and nothing else: the places are known, R is free, and nothing is checked."""
+
+    def __init__(self, block: torch.nn.Module, setting: Setting, width: int) -> None:
+        super().__init__()
+        self.block = block
+        self.R_RD = torch.nn.Parameter(torch.empty(setting.rank, width).normal_(std=width**-0.5))
+        self.source_DR = torch.nn.Parameter(torch.zeros(width, setting.rank))
+        self.bias_R = torch.nn.Parameter(torch.zeros(setting.rank))
+        first, last = setting.first_and_last
+        places = torch.tensor([*range(first), *range(setting.prompt - last, setting.prompt)])
+        self.row_T = torch.arange(setting.batch).repeat_interleave(len(places))
+        self.column_T = places.repeat(setting.batch)
+        self.index_T = {tokens: self.row_T * tokens + self.column_T for tokens in (setting.length, setting.prompt)}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        h = self.block(*args, **kwargs)
+        index_T = self.index_T.get(h.shape[1])
+        if index_T is None:  # a decode step
+            return h
+        h_TD = h.view(-1, h.shape[2]).index_select(0, index_T)
+        delta_TD = h_TD.mm(self.source_DR).add_(self.bias_R).mm(self.R_RD)
+        return h.index_put_((self.row_T, self.column_T), delta_TD, accumulate=True)
+
+
+def sketch(setting: Setting) -> Subject:
+    """What the edit itself costs, as plain torch operations: below it, nothing that runs layer by layer in eager mode can be."""
+    model = base_model(setting).requires_grad_(False)
+    model.enable_input_require_grads()
+    for index in range(len(model.model.layers)):
+        model.model.layers[index] = _Sketch(model.model.layers[index], setting, model.config.hidden_size)
+    return Subject(model.to(setting.device), lambda model, batch: model(**batch).loss)
+
+
 def reft(setting: Setting) -> Subject:
     """This package."""
     from peft import get_peft_model
@@ -244,7 +284,7 @@ def adapters(setting: Setting) -> Subject:
     return Subject(model, lambda model, batch: model(**batch).loss)
 
 
-METHODS = {"frozen": frozen, "reft": reft, "lora": lora, "pyreft": pyreft, "adapters": adapters}
+METHODS = {"frozen": frozen, "sketch": sketch, "reft": reft, "lora": lora, "pyreft": pyreft, "adapters": adapters}
 
 
 def _checkpointed(model: Any, setting: Setting) -> Any:

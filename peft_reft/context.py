@@ -37,6 +37,8 @@ from .targets import encoder_of
 from .weights import Prepared, PreparedWeights, can_be_prepared, needs_gradient
 
 
+Configs = dict[str, ReftConfig]  # by the adapter's name
+
 TOLD = ("prompt_lengths", "intervention_mask", "subspaces")
 
 
@@ -200,10 +202,10 @@ class ForwardContext:
     def _before_loading(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         check_state_dict(model, self.layers, self.rules, state_dict, prefix)
 
-    def _check_replaced(self) -> None:
+    def _check_replaced(self, active: Configs) -> None:
         """Check weights that came with no state dict: transformers' load_adapter puts new parameters in place of a layer's. Of
         each adapter one is looked at, in every forward."""
-        for name in self._active():
+        for name in active:
             layer = next(layer for layer in self.layers if name in layer.reft_R)
             if self._checked.get(name) != id(layer.reft_R[name]):
                 check_weights(self.layers, name)
@@ -225,25 +227,26 @@ class ForwardContext:
         told = {key: arguments[key] for key in TOLD if arguments.get(key) is not None}
         state.told = told or (generation.told if generation is not None else {})
         state.jobs = {}
+        active = self._active()
         self.settle_checks()
-        self._settle_weights(model)
+        self._settle_weights(model, active)
         if model.training:
             bind_checkpoints(self._around_edits(model), self._remember)
             self._stop.watch(model)
-        self._refuse_stray_subspaces(told)
+        _refuse_stray_subspaces(told, active)
         if self.mixed is not None:
             first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             self.mixed.refuse_other_size(first.shape[0], repeated=generation is not None)
-        self._plan(model, arguments, in_encoder=False)
+        self._plan(model, arguments, active, in_encoder=False)
         if generation is not None:
             generation.advance()
         return args, {key: value for key, value in kwargs.items() if key not in TOLD}
 
-    def _settle_weights(self, model: nn.Module) -> None:
+    def _settle_weights(self, model: nn.Module, active: Configs) -> None:
         """See that the weights are where and as the layers read them."""
         for layer in self.layers:
             layer.keep_weights()
-        self._check_replaced()
+        self._check_replaced(active)
         retract_before_forward(model, self.layers)
 
     @torch.compiler.disable
@@ -252,26 +255,26 @@ class ForwardContext:
 
     @torch.compiler.disable
     def _before_encoder(self, encoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        state = self.state
+        state, active = self.state, self._active()
         state.encoder_alone = state.jobs is None  # as generate calls it
         if state.jobs is None:
             state.jobs = {}
             state.told = state.generation.told if state.generation is not None else {}
-            self._settle_weights(encoder)
-        self._plan(encoder, {**dict(zip(self.encoder_parameters, args)), **kwargs}, in_encoder=True)
+            self._settle_weights(encoder, active)
+        self._plan(encoder, {**dict(zip(self.encoder_parameters, args)), **kwargs}, active, in_encoder=True)
 
     @torch.compiler.disable
     def _after_encoder(self, encoder: nn.Module, args: tuple, output: Any) -> None:
         if self.state.encoder_alone:
             self.state.clear()
 
-    def _plan(self, module: nn.Module, arguments: dict[str, Any], in_encoder: bool) -> None:
-        """Find what every adapter edits in a call of the model or its encoder, prepare the weights of those that have something to
-        edit, and note each layer's part."""
+    def _plan(self, module: nn.Module, arguments: dict[str, Any], active: Configs, in_encoder: bool) -> None:
+        """Find what every active adapter edits in a call of the model or its encoder, prepare the weights of those that have
+        something to edit, and note each layer's part."""
         state, selections = self.state, {}
         # DataParallel's copies on other devices have weights of their own, which these layers are not.
         replica = getattr(module, "_is_replica", False)
-        in_use = self._in_use(in_encoder)
+        in_use = self._in_use(active, in_encoder)
         if in_use and sharding.is_distributed():
             sharding.refuse_split_sequences()
         by_rules: dict[tuple[Rules, Any], Selection | None] = {}
@@ -289,7 +292,7 @@ class ForwardContext:
         layers = [layer for layer in self.layers if layer.in_encoder == in_encoder]
         prepared = {
             name: found
-            for name in self._active()
+            for name in active
             if not replica
             and (name not in in_use or selections[name, in_encoder] is not None)
             and (found := self._prepared_weights(layers, name, in_graph=name in in_use)) is not None
@@ -320,7 +323,7 @@ class ForwardContext:
             return self._prepared.of(layers, name), False
         return (Prepared(layers, name), True) if in_graph else None
 
-    def _active(self) -> dict[str, ReftConfig]:
+    def _active(self) -> Configs:
         """The adapters that are switched on, or that the examples of a mixed batch use, by name."""
         enabled = [layer for layer in self.layers if not layer.disable_adapters]
         if not enabled:
@@ -329,11 +332,11 @@ class ForwardContext:
         names = dict.fromkeys(active) if self.mixed is None else self.mixed.adapters
         return {name: self._configs[name] for name in names if name in self._configs}
 
-    def _in_use(self, in_encoder: bool) -> dict[str, ReftConfig]:
+    def _in_use(self, active: Configs, in_encoder: bool) -> Configs:
         """Those of them whose edit depends on the token."""
         return {
             name: config
-            for name, config in self._active().items()
+            for name, config in active.items()
             if in_encoder in self._sides[name]
             and (not self.rules[name].spec.all_tokens or config.subspaces is not None)
         }
@@ -362,8 +365,9 @@ class ForwardContext:
         """Note the prompt that a `generate` is given, and yield the arguments to pass on."""
         kwargs = dict(kwargs)
         told = {key: value for key in TOLD if (value := kwargs.pop(key, None)) is not None}
-        in_use = {**self._in_use(in_encoder=False), **self._in_use(in_encoder=True)}
-        self._refuse_stray_subspaces(told)
+        active = self._active()
+        in_use = {**self._in_use(active, in_encoder=False), **self._in_use(active, in_encoder=True)}
+        _refuse_stray_subspaces(told, active)
         if not in_use and self.mixed is None:
             yield kwargs
             return
@@ -375,7 +379,7 @@ class ForwardContext:
             refuse_unknown_prompts(model, kwargs)
             # What an encoder-decoder model is given goes to its encoder, and is no prompt of its decoder.
             prompts = None if self.encoder_parameters else given_prompts(model, args, kwargs, told)
-        rests = bool(in_use) and not any(self.rules[name].spec.all_tokens for name in self._active())
+        rests = bool(in_use) and not any(self.rules[name].spec.all_tokens for name in active)
         before = self.state.generation
         self.state.generation = Generation(told, rows, prompts, rests_in_decoding=rests)
         try:
@@ -383,13 +387,13 @@ class ForwardContext:
         finally:
             self.state.generation = before
 
-    def _refuse_stray_subspaces(self, told: dict[str, Any]) -> None:
-        active = self._active().values()
-        if "subspaces" in told and active and not any(config.subspaces for config in active):
-            raise ValueError(
-                f"subspaces={told['subspaces']!r} was passed, but no adapter in use has subspaces. Set them in ReftConfig, for "
-                "example ReftConfig(r=8, subspaces={'style': 4, 'facts': 4}), or leave subspaces out."
-            )
+
+def _refuse_stray_subspaces(told: dict[str, Any], active: Configs) -> None:
+    if "subspaces" in told and active and not any(config.subspaces for config in active.values()):
+        raise ValueError(
+            f"subspaces={told['subspaces']!r} was passed, but no adapter in use has subspaces. Set them in ReftConfig, for "
+            "example ReftConfig(r=8, subspaces={'style': 4, 'facts': 4}), or leave subspaces out."
+        )
 
 
 class _Generate:

@@ -101,6 +101,10 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.register_load_state_dict_pre_hook(nested.rename_loaded)
 
     def __getattr__(self, name: str) -> Any:
+        # Its own parts are asked for several times in every forward, so they come first.
+        own = self.__dict__.get("_modules", {}).get(name)
+        if own is not None:
+            return own
         try:
             return super().__getattr__(name)
         except AttributeError:
