@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from .accuracy import TASKS, Runs, collect, table
 from .methods import SIZES, Setting
 from .pairs import Ratio, Worker, WorkerError, interleave
 from .report import plot_scaling, print_table, ratio_text, slope
@@ -310,6 +311,33 @@ def parameters(out: Out = OUT) -> None:
         console = Console(width=None if sys.stdout.isatty() else 160)
         print_table("adapters in the paper's settings", *table(found), console=console)
         session.save("parameters")
+
+
+@app.command()
+def accuracy(
+    data: Annotated[Path, typer.Option(help="folder with the tasks' files")],
+    base: Annotated[
+        str, typer.Option(help="folder or hub name of the language model")
+    ] = "outputs/SmolLM2-135M-Instruct",
+    encoder: Annotated[str, typer.Option(help="folder or hub name of the encoder")] = "outputs/MiniLM-L6",
+    task: Annotated[list[str], typer.Option(help="a task; several times for several")] = list(TASKS),  # noqa: B006
+    seed: Annotated[list[int], typer.Option(help="a seed; several times for several")] = [1, 2, 3],  # noqa: B006
+    out: Annotated[
+        Path, typer.Option(help="folder for all that is made; runs that are there are not repeated")
+    ] = Path("outputs/accuracy"),
+    threads: Threads = 1,
+) -> None:
+    """Base, LoRA and LoReFT trained and scored by the smol recipes. Needs the stack axolotl."""
+    runs = Runs(data, base, encoder, out, threads)
+    with Progress() as progress:
+        bar = progress.add_task("runs", total=len(task) * len(seed))
+        for one_seed in seed:
+            for one in task:
+                progress.update(bar, description=f"{one}, seed {one_seed}")
+                runs.run(one, one_seed)
+                progress.advance(bar)
+    columns, lines = table(collect(out))
+    print_table("accuracy", columns, lines)
 
 
 @app.command()

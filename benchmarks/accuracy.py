@@ -1,0 +1,241 @@
+"""Base, LoRA and LoReFT on the paper's kinds of tasks, at a size that a laptop trains: the smol recipes of examples/, by their own commands.
+
+Every run is what a user would type: `peft-reft prepare`, `axolotl train` or `examples/glue/train.py`, `peft-reft evaluate`, each in a process of
+its own. Its results lie in its folder, so a command that was interrupted goes on where it stopped, and several may share the tasks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import yaml
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TEST_SEED = 0  # which examples are asked: the same for every method and seed
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A task for a language model.
+
+    Args:
+        training (`str`): The task, or set, to train on.
+        recipe (`str`): The folder of examples/ whose smol.yaml trains.
+        train, test (`int`): How many examples.
+        max_new_tokens (`int`): Of an answer.
+    """
+
+    training: str
+    recipe: str
+    train: int
+    test: int
+    max_new_tokens: int
+
+
+EXPERIMENTS = {
+    "openbookqa": Experiment("openbookqa", "commonsense", train=400, test=300, max_new_tokens=12),
+    "ARC-Easy": Experiment("ARC-Easy", "commonsense", train=400, test=300, max_new_tokens=12),
+    "boolq": Experiment("boolq", "commonsense", train=640, test=500, max_new_tokens=12),
+    "mawps": Experiment("math_data", "arithmetic", train=400, test=200, max_new_tokens=96),
+}
+CLASSIFIERS = {"sst2": 1000, "cola": 2000}  # and how many examples they are trained on
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "loreft": {},  # as the recipe is
+    "lora": {"adapter": "lora", "lora_alpha": 16, "lora_target_linear": True, "learning_rate": 5e-4},
+}
+CLASSIFIER_METHODS = ("head", "lora", "loreft")
+TASKS = (*EXPERIMENTS, *CLASSIFIERS)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Where runs find what they need, and leave what they make.
+
+    Args:
+        data (`Path`): The folder with the tasks' files.
+        base, encoder (`str`): Folders or hub names of the language model and of the encoder.
+        out (`Path`): A folder for everything.
+        threads (`int`): Threads of torch.
+    """
+
+    data: Path
+    base: str
+    encoder: str
+    out: Path
+    threads: int
+
+    def run(self, task: str, seed: int) -> None:
+        """Everything about a task with a seed, but for what is there already."""
+        folder = self.out / task / f"seed-{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if task in CLASSIFIERS:
+            for method in CLASSIFIER_METHODS:
+                self._classifier(task, method, seed, folder)
+            return
+        experiment = EXPERIMENTS[task]
+        rows = folder / "train.jsonl"
+        if not rows.exists():
+            self._command(
+                [*_peft_reft(), "prepare", experiment.training, "--data-dir", str(self.data), "--out", str(rows)]
+                + ["--limit", str(experiment.train), "--seed", str(seed)],
+                folder / "prepare.log",
+            )
+        for method in ADAPTERS:
+            self._adapter(experiment, method, seed, folder)
+        # The base by itself does not depend on the seed.
+        self._evaluate(task, experiment, folder.parent / "base", {}, base=True)
+        self._evaluate(task, experiment, folder, {method: folder / method for method in ADAPTERS}, base=False)
+
+    def _adapter(self, experiment: Experiment, method: str, seed: int, folder: Path) -> None:
+        done = folder / f"{method}.json"
+        if done.exists():
+            return
+        keys = yaml.safe_load((EXAMPLES / experiment.recipe / "smol.yaml").read_text(encoding="utf-8"))
+        keys |= ADAPTERS[method]
+        keys |= {"base_model": self.base, "seed": seed, "output_dir": str(folder / method)}
+        keys["dataset_prepared_path"] = str(folder / "prepared")
+        keys["datasets"][0]["path"] = str(folder / "train.jsonl")
+        config = folder / f"{method}.yaml"
+        config.write_text(yaml.safe_dump(keys, sort_keys=False), encoding="utf-8")
+        axolotl = str(Path(sys.executable).with_name("axolotl"))
+        done.write_text(json.dumps(self._command([axolotl, "train", str(config)], folder / f"{method}.log")))
+
+    def _classifier(self, task: str, method: str, seed: int, folder: Path) -> None:
+        if (folder / method / "results.json").exists():
+            return
+        command = [sys.executable, str(EXAMPLES / "glue" / "train.py"), "--task", task, "--model", self.encoder]
+        command += ["--settings", str(EXAMPLES / "glue" / "smol.yaml"), "--method", method, "--seed", str(seed)]
+        command += [
+            "--data-dir",
+            str(self.data),
+            "--limit",
+            str(CLASSIFIERS[task]),
+            "--output-dir",
+            str(folder / method),
+        ]
+        self._command(command, folder / f"{method}.log")
+
+    def _evaluate(
+        self, task: str, experiment: Experiment, folder: Path, adapters: dict[str, Path], base: bool
+    ) -> None:
+        done = folder / "results.json"
+        if done.exists():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [*_peft_reft(), "evaluate", task, "--base", self.base, "--data-dir", str(self.data)]
+        command += ["--limit", str(experiment.test), "--seed", str(TEST_SEED), "--batch-size", "16"]
+        command += [
+            "--max-new-tokens",
+            str(experiment.max_new_tokens),
+            "--out",
+            str(done),
+            "--outputs",
+            str(folder / "outputs"),
+        ]
+        command += [part for name, path in adapters.items() for part in ("--adapter", f"{name}={path}")]
+        self._command(command if base else [*command, "--no-base"], folder / "evaluate.log")
+
+    def _command(self, command: list[str], log: Path) -> dict[str, Any]:
+        """Run a command. Returns how long it took, and its peak memory, loading of libraries and model included.
+
+        Raises:
+            RuntimeError: when it fails, naming its log.
+        """
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }  # fmt: skip
+        started = time.perf_counter()
+        with log.open("w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)} failed. Its output is in {log}.")
+        kilobyte = 1 if sys.platform == "darwin" else 1024  # as ru_maxrss counts
+        return {"seconds": time.perf_counter() - started, "peak_bytes": usage.ru_maxrss * kilobyte}
+
+
+def _peft_reft() -> list[str]:
+    return [sys.executable, "-m", "peft_reft"]
+
+
+def collect(out: Path) -> list[dict[str, Any]]:
+    """One row for each task and method that has results: its scores by seed, and what it cost."""
+    rows = []
+    for task in TASKS:
+        folders = sorted((out / task).glob("seed-*"))
+        if task in CLASSIFIERS:
+            found = [
+                (one.name, method, one / method / "results.json") for one in folders for method in CLASSIFIER_METHODS
+            ]
+            runs = [
+                (seed, method, _classified(json.loads(file.read_text())))
+                for seed, method, file in found
+                if file.exists()
+            ]
+        else:
+            runs = []
+            for folder in (out / task / "base", *folders):
+                file = folder / "results.json"
+                if file.exists():
+                    report = json.loads(file.read_text())
+                    runs += [(folder.name, one["model"], _generated(report, one, folder)) for one in report["results"]]
+        for method in dict.fromkeys(method for _, method, _ in runs):
+            own = [run for _, name, run in runs if name == method]
+            rows.append(
+                {"task": task, "method": method, "seeds": [s for s, name, _ in runs if name == method], "runs": own}
+            )
+    return rows
+
+
+def _classified(result: dict[str, Any]) -> dict[str, Any]:
+    metric, value = next(iter(result["test"].items()))
+    return {
+        "metric": metric, "score": value, "trained": result["trained_parameters"], "seconds": result["seconds"],
+        "peak_bytes": result["peak_memory_bytes"], "examples": result["examples"]["test"],
+    }  # fmt: skip
+
+
+def _generated(report: dict[str, Any], result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    metric, score = next(iter(result["scores"].items()))
+    cost = folder / f"{result['model']}.json"
+    return {
+        "metric": metric, "score": score["value"], "low": score["low"], "high": score["high"],
+        "unanswered": result.get("unanswered"), "examples": result["examples"],
+        "trained": report["models"][result["model"]]["parameters"] if result["model"] in ADAPTERS else 0,
+        **(json.loads(cost.read_text()) if cost.exists() else {}),
+    }  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and lines: the mean of the seeds, each of them, and the mean of what it cost."""
+    lines = []
+    for row in rows:
+        runs = row["runs"]
+        scores = [100 * run["score"] for run in runs]
+        spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
+        seconds = [run["seconds"] for run in runs if "seconds" in run]
+        peaks = [run["peak_bytes"] for run in runs if "peak_bytes" in run]
+        lines.append(
+            [
+                row["task"],
+                row["method"],
+                f"{runs[0]['metric']} {mean(scores):.1f}{spread}",
+                ", ".join(f"{score:.1f}" for score in scores),
+                "/".join(str(run["unanswered"]) for run in runs) if runs[0].get("unanswered") is not None else "",
+                f"{runs[0]['trained']:,}" if runs[0]["trained"] else "",
+                f"{mean(seconds):.0f}" if seconds else "",
+                f"{mean(peaks) / 1e9:.2f}" if peaks else "",
+            ]
+        )
+    return ["task", "method", "mean of the seeds", "each", "unanswered", "trained", "seconds", "peak, GB"], lines
