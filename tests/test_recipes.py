@@ -17,6 +17,7 @@ import torch
 import transformers as t
 import yaml
 from conftest import REPOSITORY
+from models import tokenizer
 from peft import LoraConfig, get_peft_model
 
 from peft_reft import ReftConfig
@@ -175,6 +176,21 @@ def test_share_of_roberta_that_loreft_trains(layers, width, count, percent):
     )  # a dense layer, then two classes
 
 
+@pytest.mark.parametrize("path", YAMLS, ids=name)
+def test_axolotl_trains_on_the_prompt_that_evaluate_gives(path):
+    """Braces and line ends come through, nothing is put around the prompt, and labels begin at the completion."""
+    cfg = validated(path)
+    from axolotl.prompt_strategies.user_defined import UserDefinedDatasetConfig, load
+
+    given = {key: value for key, value in dict(cfg.datasets[0]["type"]).items() if value is not None}
+    tokens = tokenizer()
+    row = {"prompt": "Tell {me}\na story\n", "completion": "about {cats}"}
+    made = load(tokens, cfg, UserDefinedDatasetConfig(**given)).tokenize_prompt(row)
+    prompt, answer = (tokens(row[key])["input_ids"] for key in ("prompt", "completion"))
+    assert made["input_ids"] == [*prompt, *answer, tokens.eos_token_id]
+    assert made["labels"] == [*[-100] * len(prompt), *answer, tokens.eos_token_id]
+
+
 # -- the commands of the README ----------------------------------------------------------------------------------------
 
 
@@ -239,7 +255,7 @@ def encoder(tmp_path) -> Path:
     tokens = tk.Tokenizer(tk.models.WordLevel(vocab, unk_token="[UNK]"))
     tokens.pre_tokenizer = tk.pre_tokenizers.WhitespaceSplit()
     tokens.post_processor = tk.processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
-    tokenizer = t.PreTrainedTokenizerFast(
+    words_only = t.PreTrainedTokenizerFast(
         tokenizer_object=tokens, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64
     )
     sizes = {
@@ -249,9 +265,9 @@ def encoder(tmp_path) -> Path:
         "num_attention_heads": 4,
         "initializer_range": 0.2,
     }
-    base = t.BertForSequenceClassification(t.BertConfig(vocab_size=len(tokenizer), **sizes, pad_token_id=0))
+    base = t.BertForSequenceClassification(t.BertConfig(vocab_size=len(words_only), **sizes, pad_token_id=0))
     base.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    words_only.save_pretrained(tmp_path / "base")
     for split, count in (("train", 64), ("validation", 21)):
         rows = [{"sentence": f"{words[n % 2]} w{n % 20} w{n % 7}", "label": n % 2} for n in range(count)]
         (tmp_path / f"sst2.{split}.json").write_text(json.dumps(rows))
