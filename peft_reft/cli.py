@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from .config import ReftConfig
 from .conversion import Conversion, convert_adapters, convert_pyreft, export_pyreft
+from .evaluation import commands
 from .explain import explain_positions
 from .rows import TEMPLATES, encode_row, pad_rows, read_rows
 
@@ -24,6 +25,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 @app.callback()
 def peft_reft() -> None:
     """ReFT (Representation Finetuning) as a PEFT tuner: tools around adapters."""
+
+
+app.command()(commands.prepare)
+app.command()(commands.evaluate)
 
 
 @app.command()

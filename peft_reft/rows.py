@@ -49,6 +49,15 @@ def read_rows(path: Path, limit: int) -> Iterator[dict[str, Any]]:
                 limit -= 1
 
 
+def alpaca_prompt(instruction: str, given: str = "") -> str:
+    """Alpaca's prompt for an instruction, with an input or without."""
+    return ALPACA.format(
+        with_input=", paired with an input that provides further context" if given else "",
+        instruction=instruction,
+        input_part=f"### Input:\n{given}\n\n" if given else "",
+    )
+
+
 def encode_row(row: dict[str, Any], template: str, tokenizer: Any) -> dict[str, list[int]]:
     """Tokens and labels of a row.
 
@@ -70,12 +79,7 @@ def encode_row(row: dict[str, Any], template: str, tokenizer: Any) -> dict[str, 
         if template == "text":
             return {"input_ids": tokenizer(row["text"])["input_ids"]}
         if template == "alpaca":
-            given = row.get("input") or ""
-            prompt = ALPACA.format(
-                with_input=", paired with an input that provides further context" if given else "",
-                instruction=row["instruction"],
-                input_part=f"### Input:\n{given}\n\n" if given else "",
-            )
+            prompt = alpaca_prompt(row["instruction"], row.get("input") or "")
             return _encode_answer(prompt, row["output"], tokenizer)
         if template == "completion":
             return _encode_answer(row["prompt"], row["completion"], tokenizer)
