@@ -37,6 +37,19 @@ def rules_in_use(model: nn.Module) -> list[Rules]:
     return [rules for context in contexts.values() for rules in context.rules_in_use()]
 
 
+def prompt_tokens(lm: Any, request: Request) -> list[int]:
+    """The tokens of a request's context, as `generate` would be given them.
+
+    The harness counts spaces and line ends at the end of a context to the continuation. For `generate`, and in training, they belong to
+    the prompt, and its last tokens are edited. Where context and continuation share a token, the prompt is what the harness has it to be.
+    """
+    text, context, continuation = request
+    if text is None or not text[0]:
+        return context
+    tokens, whole = lm.tok_encode(text[0]), context + continuation
+    return tokens if len(tokens) < len(whole) and whole[: len(tokens)] == tokens else context
+
+
 def prompt_length(rules: list[Rules], context: list[int]) -> int | None:
     """How many tokens of a context are its prompt. None: it has several prompts, which the adapter's template finds by itself.
 
@@ -88,8 +101,9 @@ def install() -> None:
             return score(self, requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         groups: dict[int | None, list[int]] = {}
         lengths: dict[tuple[int, ...], int | None] = {}
-        for index, (_, context, continuation) in enumerate(requests):
-            kept = tuple(context[-(self.max_length + 1 - len(continuation)) :])  # the harness cuts off its start
+        for index, request in enumerate(requests):
+            cut = max(0, len(request[1]) + len(request[2]) - self.max_length - 1)  # the harness cuts off the start
+            kept = tuple(prompt_tokens(self, request)[cut:])
             if kept not in lengths:
                 lengths[kept] = prompt_length(rules, list(kept))
             groups.setdefault(lengths[kept], []).append(index)

@@ -238,7 +238,9 @@ def test_hub(tmp_path, monkeypatch):
 def test_hub_that_fails(monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("offline")))
-    with pytest.raises(ValueError, match=r"cola can't be read from the Hub \(nyu-mll/glue, cola, validation\): offline"):
+    with pytest.raises(
+        ValueError, match=r"cola can't be read from the Hub \(nyu-mll/glue, cola, validation\): offline"
+    ):
         read_examples(TASKS["cola"])
 
 
