@@ -332,6 +332,11 @@ class ForwardContext:
         names = dict.fromkeys(active) if self.mixed is None else self.mixed.adapters
         return {name: self._configs[name] for name in names if name in self._configs}
 
+    def rules_in_use(self) -> list[Rules]:
+        """Those of the adapters that are switched on and edit some tokens of a prompt of a decoder, not all."""
+        names = self._in_use(self._active(), in_encoder=False)
+        return [rules for name in names if not (rules := self.rules[name]).spec.all_tokens]
+
     def _in_use(self, active: Configs, in_encoder: bool) -> Configs:
         """Those of them whose edit depends on the token."""
         return {

@@ -83,7 +83,7 @@ def _find(task: Task, split: str, data_dir: Path) -> Path:
     stems = [
         stem for name in (DEV if split in DEV else (split,)) for stem in (f"{task.name}.{name}", f"{task.name}/{name}")
     ]
-    if task.single_file and split in ("train", task.default_split):
+    if task.single_file and split == ("train" if task.training_set else task.default_split):
         stems.append(task.name)
     places = [
         folder / f"{stem}.{suffix}"
