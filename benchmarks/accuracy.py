@@ -151,9 +151,13 @@ class Runs:
             RuntimeError: when it fails, naming its log.
         """
         environment = {
-            **os.environ, "OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1",
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # where axolotl finds accelerate
+            "OMP_NUM_THREADS": str(self.threads),
+            "HF_HUB_OFFLINE": "1",
+            "AXOLOTL_DO_NOT_TRACK": "1",
             "TOKENIZERS_PARALLELISM": "false",
-        }  # fmt: skip
+        }
         started = time.perf_counter()
         with log.open("w") as file:
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
