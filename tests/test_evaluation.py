@@ -7,6 +7,7 @@ from pathlib import Path
 
 import peft
 import pytest
+import tokenizers as tk
 import torch
 import transformers as t
 from models import CHAT_VOCAB, SIZES, chat_model, randomize, tokenizer
@@ -15,8 +16,10 @@ from typer.testing import CliRunner
 
 from peft_reft import ReftConfig
 from peft_reft.cli import app
+from peft_reft.evaluation.classify import classify
 from peft_reft.evaluation.generate import encode_prompts, in_batches
 from peft_reft.evaluation.models import Generators, fingerprint, read_adapters
+from peft_reft.evaluation.report import means
 
 
 pytest.importorskip("sklearn")
@@ -183,6 +186,25 @@ def test_room_for_answers():
         encode_prompts(tokens, texts, 8, context=max(lengths))
 
 
+def test_a_prompt_does_not_end_the_text():
+    plain, ending = tokenizer(), tokenizer()
+    ending.backend_tokenizer.post_processor = tk.processors.TemplateProcessing(
+        single=f"$A {ending.eos_token}", special_tokens=[(ending.eos_token, ending.eos_token_id)]
+    )
+    assert ending("abc")["input_ids"] == [*plain("abc")["input_ids"], plain.eos_token_id]
+    assert encode_prompts(ending, ["abc"], 8, None)[0].ids == plain("abc")["input_ids"]
+
+
+def test_means():
+    """Of several tasks, all with a score."""
+
+    def result(model, value):
+        return {"model": model, "scores": {} if value is None else {"accuracy": {"value": value}}}
+
+    found = means([result("a", 0.5), result("b", None), result("c", 0.5), result("a", 1.0), result("b", 1.0)])
+    assert found == {"a": 0.75}
+
+
 # -- classifiers -----------------------------------------------------------------------------------------------------
 
 
@@ -225,16 +247,29 @@ def test_classifiers(classifiers):
     with pytest.raises(ValueError, match="reft_cls does not fit the base with the 3 classes of mnli"):
         rows = [{"premise": "a", "hypothesis": "b", "label": 2}]
         (classifiers / "mnli.dev.json").write_text(json.dumps(rows))
-        run(
-            "evaluate",
-            "mnli",
-            "--base",
-            classifiers / "encoder",
-            "--adapter",
-            classifiers / "reft_cls",
-            "--data-dir",
-            classifiers,
-        )
+        run("evaluate", "mnli", "--base", classifiers / "encoder", "--adapter", classifiers / "reft_cls", "--data-dir",
+            classifiers)  # fmt: skip
+
+
+def test_a_text_gets_its_own_score_in_any_batch(classifiers):
+    tokens = t.AutoTokenizer.from_pretrained(classifiers / "encoder")
+    torch.manual_seed(0)
+    model = t.AutoModelForSequenceClassification.from_pretrained(classifiers / "encoder", num_labels=1).eval()
+    torch.nn.init.normal_(model.classifier.weight, std=10.0)  # for the texts to differ
+    with torch.no_grad():
+        alone = [model(**tokens(text, return_tensors="pt")).logits.item() for text in QUESTIONS]
+    assert len({round(value, 3) for value in alone}) == len(QUESTIONS)
+    found, cut = classify(model, tokens, [(text,) for text in QUESTIONS], 2, lambda count: None)
+    assert found == pytest.approx(alone, abs=1e-4) and cut == 0
+
+
+def test_an_adapter_without_a_head_has_no_score(classifiers):
+    model = t.AutoModelForSequenceClassification.from_pretrained(classifiers / "encoder", num_labels=2)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["query"])).save_pretrained(classifiers / "headless")
+    out = classifiers / "headless.json"
+    run("evaluate", "sst2", "--base", classifiers / "encoder", "--adapter", classifiers / "headless", "--data-dir",
+        classifiers, "--out", out)  # fmt: skip
+    assert [one["note"] for one in json.loads(out.read_text())["results"]] == ["untrained head"] * 2
 
 
 def test_errors(folder):

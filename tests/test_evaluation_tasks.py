@@ -23,7 +23,10 @@ ALPACA_WITH_INPUT = (
 )
 COMMONSENSE = {"instruction": "Is it so?\n\nAnswer format: true/false", "input": "", "output": "x", "answer": "true"}
 PROBLEM = {"instruction": "Add 1 and 2.", "input": "", "output": "\nA: 1 + 2 = 3. The answer is 3.", "answer": "3.0"}
-GSM8K = {"question": "Add 1 and 2.", "answer": "1 + 2 = <<1+2=3>>3\nTimes 400: <<3*400=1200>>1,200\n#### 1,200"}
+GSM8K = {
+    "question": "Add 1 and 2.",
+    "answer": "1 + 2 = <<1+2=3>>3, 3 - 0 = <<3-0=3>>3\nTimes 400: <<3*400=1200>>1,200\n#### 1,200",
+}
 
 
 # -- tasks -----------------------------------------------------------------------------------------------------------
@@ -50,7 +53,7 @@ def test_gsm8k_as_its_authors_give_it():
     task = TASKS["gsm8k"]
     row = task.read(GSM8K)
     assert task.prompt(row) == ALPACA
-    assert task.completion(row) == "1 + 2 = 3\nTimes 400: 1,200\nThe answer is 1200."
+    assert task.completion(row) == "1 + 2 = 3, 3 - 0 = 3\nTimes 400: 1,200\nThe answer is 1200."
     assert row["answer"] == "1200"
     with pytest.raises(ValueError, match="#### n"):
         task.read({**GSM8K, "answer": "3"})
@@ -91,6 +94,7 @@ def test_commonsense_answers(output, extracted, correct):
         ("The answer is (C).", "C", "C", True),
         ("Between B and C: C", "C", "B", False),  # the first letter counts, as LLM-Adapters has it
         ("A: it is (C)", "C", "A", False),
+        ("It is (E).", "C", "E", False),
         ("none of those", "C", None, False),
     ],
 )
