@@ -17,7 +17,7 @@ from rich.progress import Progress
 from .accuracy import TASKS, Runs, collect, table
 from .methods import SIZES, Setting
 from .pairs import Ratio, Worker, WorkerError, interleave
-from .report import plot_scaling, print_table, ratio_text, slope
+from .report import markdown_table, plot_scaling, print_table, ratio_text, slope
 
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -336,8 +336,11 @@ def accuracy(
                 progress.update(bar, description=f"{one}, seed {one_seed}")
                 runs.run(one, one_seed)
                 progress.advance(bar)
-    columns, lines = table(collect(out))
+    rows = collect(out)
+    columns, lines = table(rows)
     print_table("accuracy", columns, lines)
+    (out / "accuracy.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (out / "accuracy.md").write_text(markdown_table(columns, lines) + "\n")
 
 
 @app.command()

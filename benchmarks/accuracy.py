@@ -110,7 +110,8 @@ class Runs:
         done.write_text(json.dumps(self._command([axolotl, "train", str(config)], folder / f"{method}.log")))
 
     def _classifier(self, task: str, method: str, seed: int, folder: Path) -> None:
-        if (folder / method / "results.json").exists():
+        done = folder / f"{method}.json"
+        if done.exists():
             return
         command = [sys.executable, str(EXAMPLES / "glue" / "train.py"), "--task", task, "--model", self.encoder]
         command += ["--settings", str(EXAMPLES / "glue" / "smol.yaml"), "--method", method, "--seed", str(seed)]
@@ -122,7 +123,7 @@ class Runs:
             "--output-dir",
             str(folder / method),
         ]
-        self._command(command, folder / f"{method}.log")
+        done.write_text(json.dumps(self._command(command, folder / f"{method}.log")))
 
     def _evaluate(
         self, task: str, experiment: Experiment, folder: Path, adapters: dict[str, Path], base: bool
@@ -145,7 +146,8 @@ class Runs:
         self._command(command if base else [*command, "--no-base"], folder / "evaluate.log")
 
     def _command(self, command: list[str], log: Path) -> dict[str, Any]:
-        """Run a command. Returns how long it took, and its peak memory, loading of libraries and model included.
+        """Run a command. Returns how long it took, by the clock and of the processors, and its peak memory, loading of libraries and
+        model included.
 
         Raises:
             RuntimeError: when it fails, naming its log.
@@ -166,7 +168,11 @@ class Runs:
         if process.returncode != 0:
             raise RuntimeError(f"{' '.join(command)} failed. Its output is in {log}.")
         kilobyte = 1 if sys.platform == "darwin" else 1024  # as ru_maxrss counts
-        return {"seconds": time.perf_counter() - started, "peak_bytes": usage.ru_maxrss * kilobyte}
+        return {
+            "seconds": time.perf_counter() - started,
+            "cpu_seconds": usage.ru_utime + usage.ru_stime,
+            "peak_bytes": usage.ru_maxrss * kilobyte,
+        }
 
 
 def _peft_reft() -> list[str]:
@@ -179,13 +185,11 @@ def collect(out: Path) -> list[dict[str, Any]]:
     for task in TASKS:
         folders = sorted((out / task).glob("seed-*"))
         if task in CLASSIFIERS:
-            found = [
-                (one.name, method, one / method / "results.json") for one in folders for method in CLASSIFIER_METHODS
-            ]
             runs = [
-                (seed, method, _classified(json.loads(file.read_text())))
-                for seed, method, file in found
-                if file.exists()
+                (folder.name, method, _classified(folder, method))
+                for folder in folders
+                for method in CLASSIFIER_METHODS
+                if (folder / f"{method}.json").exists()
             ]
         else:
             runs = []
@@ -202,23 +206,20 @@ def collect(out: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _classified(result: dict[str, Any]) -> dict[str, Any]:
+def _classified(folder: Path, method: str) -> dict[str, Any]:
+    result = json.loads((folder / method / "results.json").read_text())
     metric, value = next(iter(result["test"].items()))
-    return {
-        "metric": metric, "score": value, "trained": result["trained_parameters"], "seconds": result["seconds"],
-        "peak_bytes": result["peak_memory_bytes"], "examples": result["examples"]["test"],
-    }  # fmt: skip
+    found = {"metric": metric, "score": value, "trained": result["trained_parameters"]}
+    return found | {"examples": result["examples"]["test"]} | json.loads((folder / f"{method}.json").read_text())
 
 
 def _generated(report: dict[str, Any], result: dict[str, Any], folder: Path) -> dict[str, Any]:
     metric, score = next(iter(result["scores"].items()))
-    cost = folder / f"{result['model']}.json"
-    return {
-        "metric": metric, "score": score["value"], "low": score["low"], "high": score["high"],
-        "unanswered": result.get("unanswered"), "examples": result["examples"],
-        "trained": report["models"][result["model"]]["parameters"] if result["model"] in ADAPTERS else 0,
-        **(json.loads(cost.read_text()) if cost.exists() else {}),
-    }  # fmt: skip
+    name = result["model"]
+    cost = json.loads((folder / f"{name}.json").read_text()) if name in ADAPTERS else {}
+    found = {"metric": metric, "score": score["value"], "low": score["low"], "high": score["high"]}
+    found |= {"trained": report["models"][name]["parameters"] if name in ADAPTERS else 0}
+    return found | {"unanswered": result["unanswered"], "examples": result["examples"]} | cost
 
 
 def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -228,7 +229,7 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
         runs = row["runs"]
         scores = [100 * run["score"] for run in runs]
         spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
-        seconds = [run["seconds"] for run in runs if "seconds" in run]
+        seconds = [run["cpu_seconds"] for run in runs if "cpu_seconds" in run]
         peaks = [run["peak_bytes"] for run in runs if "peak_bytes" in run]
         lines.append(
             [
@@ -236,10 +237,10 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
                 row["method"],
                 f"{runs[0]['metric']} {mean(scores):.1f}{spread}",
                 ", ".join(f"{score:.1f}" for score in scores),
-                "/".join(str(run["unanswered"]) for run in runs) if runs[0].get("unanswered") is not None else "",
+                "/".join(str(run["unanswered"]) for run in runs) if "unanswered" in runs[0] else "",
                 f"{runs[0]['trained']:,}" if runs[0]["trained"] else "",
                 f"{mean(seconds):.0f}" if seconds else "",
                 f"{mean(peaks) / 1e9:.2f}" if peaks else "",
             ]
         )
-    return ["task", "method", "mean of the seeds", "each", "unanswered", "trained", "seconds", "peak, GB"], lines
+    return ["task", "method", "mean of the seeds", "each", "unanswered", "trained", "CPU s", "peak, GB"], lines
