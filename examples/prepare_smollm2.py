@@ -7,13 +7,11 @@ interrupted run leaves none behind, since the folder gets its name only when it 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
+from checkpoints import make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -29,34 +27,7 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def main() -> None:
-    args = parse_args()
-    if (args.output / "config.json").is_file():
-        print(f"{args.output} is there already.")
-        return
-    if args.output.exists():
-        raise SystemExit(f"{args.output} exists, but has no config.json. Move it away, or pass another --output.")
-    source = find_gguf()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{args.output.name}.unfinished-", dir=args.output.parent))
-    try:
-        unpack(source, unfinished)
-        unfinished.chmod(0o755)  # mkdtemp made it private
-        unfinished.rename(args.output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    size = sum(file.stat().st_size for file in args.output.iterdir())
-    print(f"Saved {args.output} ({size / 1e6:,.0f} MB).")
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("outputs/SmolLM2-135M-Instruct"),
-        help="folder of the checkpoint (default: %(default)s)",
-    )
-    return parser.parse_args()
+    make_checkpoint(__doc__.splitlines()[0], Path("outputs/SmolLM2-135M-Instruct"), find_gguf, unpack)
 
 
 def find_gguf() -> Path:
