@@ -7,13 +7,13 @@ the call of a model, and `explain_positions` and the collator to a batch by itse
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checks import Checks
 from .config import ANSWERING, ReftConfig
@@ -31,6 +31,7 @@ from .prompts import (
     whole,
 )
 from .templates import IdTemplate, TextTemplate
+from .transformers_api import PACKING, end_ids
 
 
 WAYS_OUT = (
@@ -38,13 +39,6 @@ WAYS_OUT = (
     "peft_reft.PromptLengthsCollator(data_collator) adds from labels or a completion mask; response_template in "
     "ReftConfig, the text that answers begin after; or positions='all'"
 )
-
-
-def end_ids(eos: Any) -> tuple[int, ...]:
-    """An `eos_token_id` of a config, one or several, as a tuple."""
-    if eos is None:
-        return ()
-    return (eos,) if isinstance(eos, int) else tuple(int(index) for index in eos)
 
 
 @dataclass(frozen=True)
@@ -117,6 +111,34 @@ class Batch:
     labels: Tensor | None = None
     prompt_lengths: Tensor | None = None
     intervention_mask: Tensor | None = None
+
+    @classmethod
+    def from_inputs(cls, inputs: Mapping[str, Any], prefix: str = "") -> Batch | None:
+        """The tokens in the arguments of a forward, or in the batch of a collator. None: there are none.
+
+        Args:
+            inputs (`Mapping`): The arguments or tensors, by their names in transformers and, of what only ReFT reads, by their own.
+            prefix (`str`): What the names of its tokens begin with: `"decoder_"` for the decoder of an encoder-decoder model.
+        """
+        input_ids, embeds = inputs.get(f"{prefix}input_ids"), inputs.get(f"{prefix}inputs_embeds")
+        labels = inputs.get("labels")
+        if prefix and labels is not None and labels.dim() >= 2:
+            # A decoder's input at a place predicts the label of that place: its prompt goes up to the first answer's input.
+            labels = nn.functional.pad(labels, (1, -1), value=IGNORED_LABEL)
+        tokens = next((t for t in (input_ids, embeds, labels) if t is not None and t.dim() >= 2), None)
+        if tokens is None:
+            return None
+        return cls(
+            (tokens.shape[0], tokens.shape[1]),
+            tokens.device,
+            input_ids=input_ids,
+            attention_mask=inputs.get(f"{prefix}attention_mask"),
+            position_ids=inputs.get("position_ids"),
+            cu_seq_lens=inputs.get(PACKING),
+            labels=labels,
+            prompt_lengths=inputs.get("prompt_lengths"),
+            intervention_mask=inputs.get("intervention_mask"),
+        )
 
     @property
     def told(self) -> Literal["prompt_lengths", "intervention_mask"] | None:

@@ -15,8 +15,7 @@ from typing import Any
 
 from torch import nn
 
-
-CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
+from .transformers_api import CHECKPOINT_FUNCTIONS
 
 
 class BoundCheckpoint:

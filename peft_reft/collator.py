@@ -66,13 +66,9 @@ def prompt_lengths(batch: Mapping[str, Any]) -> Tensor:
             "which PromptLengthsCollator finds the prompts. Add prompt_lengths [batch] in your own collator, or set "
             "response_template in ReftConfig, the text that answers begin after."
         )
-    sequences = Batch(
-        (labels.shape[0], labels.shape[1]),
-        labels.device,
-        attention_mask=batch.get("attention_mask"),
-        position_ids=batch.get("position_ids"),
-        cu_seq_lens=batch.get("cu_seq_lens_q"),
-    ).sequences
+    tokens = Batch.from_inputs({**batch, "labels": labels})
+    assert tokens is not None
+    sequences = tokens.sequences
     prompt_BS = by_labels(sequences, labels, every=False).prompt_BS
     if not sequences.packed:
         return prompt_BS.sum(dim=1)

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Optional, TypeVar, Union
 
 from peft import PeftConfig, TaskType
-from peft.utils.other import get_pattern_key
-from transformers.activations import ACT2FN
 
 from .interventions import INTERVENTIONS
 from .loading import check_file
+from .peft_api import get_pattern_key
 from .positions import PositionSpec
 from .registration import NAME, add_peft_type
+from .transformers_api import ACT2FN
 
 
 # The tasks whose labels are answers, and not classes.

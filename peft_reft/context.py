@@ -10,7 +10,6 @@ outside any forward of the model; its decoder's when the model is.
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,20 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from . import sharding
-from .arguments import given_prompts, main_input, refuse_unknown_prompts
 from .backward_stop import BackwardStop
 from .bases import retract_before_forward, watch_steps
 from .batch import Rules
 from .checkpointing import bind_checkpoints, unbind_checkpoints
 from .config import ReftConfig
-from .generation import Generation
+from .generation import Generation, given_input, given_prompts, refuse_unknown_prompts
 from .layer import ReftLayer
 from .loading import check_state_dict, check_weights
 from .mixed import MixedBatch
 from .plan import Job, Jobs, plan, with_own_weights
 from .positions import Selection
 from .selecting import Call, Selector
-from .targets import encoder_of
+from .transformers_api import encoder_of, forward_parameters
 from .weights import Prepared, PreparedWeights, can_be_prepared, needs_gradient
 
 
@@ -69,7 +67,7 @@ class ForwardContext:
     def __init__(self, model: nn.Module) -> None:
         self.layers: list[ReftLayer] = []
         self.rules: dict[str, Rules] = {}
-        self.parameters = tuple(inspect.signature(model.forward).parameters)
+        self.parameters = forward_parameters(model)
         self.encoder_parameters: tuple[str, ...] = ()
         self._configs: dict[str, ReftConfig] = {}
         self._sides: dict[str, set[bool]] = {}  # whether an adapter edits the encoder, the rest, or both
@@ -114,7 +112,7 @@ class ForwardContext:
         self._handles.append(model.register_load_state_dict_pre_hook(self._before_loading))
         encoder = encoder_of(model)
         if encoder is not None:
-            self.encoder_parameters = tuple(inspect.signature(encoder.forward).parameters)
+            self.encoder_parameters = forward_parameters(encoder)
             self._watch(encoder, self._before_encoder, self._after_encoder)
         if hasattr(model, "generate"):
             model.generate = _Generate(self, model)  # type: ignore[assignment]
@@ -224,7 +222,7 @@ class ForwardContext:
             state.jobs, state.resting = {}, True
             return None
         arguments = {**dict(zip(self.parameters, args)), **kwargs}
-        told = {key: arguments[key] for key in TOLD if arguments.get(key) is not None}
+        told = {key: value for key in TOLD if (value := arguments.pop(key, None)) is not None}
         state.told = told or (generation.told if generation is not None else {})
         state.jobs = {}
         active = self._active()
@@ -282,7 +280,7 @@ class ForwardContext:
             groups = None if config.subspaces is None else tuple(config.subspaces.items())
             kind = (self.rules[name], groups)
             if kind not in by_rules:
-                call = self._call(name, arguments, module.training, in_encoder)
+                call = self._call(name, module, arguments, in_encoder)
                 by_rules[kind] = self._selector.select(self.rules[name], config.subspaces, call)
             selection = by_rules[kind]
             if self.mixed is not None and selection is not None:
@@ -301,14 +299,15 @@ class ForwardContext:
         state.jobs.update(plan(layers, selections, prepared, self.mixed, on_own_devices=not replica))
         state.recomputed = None
 
-    def _call(self, name: str, arguments: dict[str, Any], training: bool, in_encoder: bool) -> Call:
+    def _call(self, name: str, module: nn.Module, arguments: dict[str, Any], in_encoder: bool) -> Call:
         """A call as the rules of an adapter see it."""
         told, prefix = self.state.told or {}, ""
         if self.encoder_parameters and not in_encoder:
             prefix = "decoder_"
             if True in self._sides[name]:  # what is told of prompts is about the encoder's tokens, if it edits any
                 told = {key: value for key, value in told.items() if key == "subspaces"}
-        return Call(arguments, told, training, self.state.generation, prefix, in_encoder)
+        generation, model_name = self.state.generation, type(module).__name__
+        return Call(model_name, arguments, told, module.training, generation, prefix, in_encoder)
 
     def _prepared_weights(self, layers: list[ReftLayer], name: str, in_graph: bool) -> tuple[Prepared, bool] | None:
         """The weights of an adapter for the forward, and whether they have a gradient. None: each layer reads its own.
@@ -376,7 +375,7 @@ class ForwardContext:
         if not in_use and self.mixed is None:
             yield kwargs
             return
-        rows = main_input(model, args, kwargs).shape[0]
+        rows = given_input(model, args, kwargs).shape[0]
         if self.mixed is not None:
             self.mixed.refuse_other_size(rows, repeated=False)
         prompts = None

@@ -127,18 +127,10 @@ def explain_positions(
         raise ValueError(
             f"explain_positions shows tokens by their ids, and the batch has no input_ids: {sorted(batch)}."
         )
-    input_ids = tensors["input_ids"]
-    given = Batch(
-        (input_ids.shape[0], input_ids.shape[1]),
-        input_ids.device,
-        input_ids=input_ids,
-        attention_mask=tensors.get("attention_mask"),
-        position_ids=tensors.get("position_ids"),
-        cu_seq_lens=tensors.get("cu_seq_lens_q"),
-        labels=tensors.get("labels") if rules.reads_labels else None,
-        prompt_lengths=tensors.get("prompt_lengths"),
-        intervention_mask=tensors.get("intervention_mask"),
-    )
+    if not rules.reads_labels:
+        tensors.pop("labels", None)
+    given = Batch.from_inputs(tensors)
+    assert given is not None
     explained = _explain(rules, given, tokenizer)
     if not quiet:
         console = Console(file=file or sys.stdout, highlight=False, soft_wrap=True, markup=False)

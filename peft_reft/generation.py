@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .batch import Batch, Located, Rules, locate
 from .positions import Selection, places, select
+from .transformers_api import Past, find_past_of_generate, has_second_prompt, inferred_mask, is_one_token, main_input
 
 
 @dataclass
@@ -38,28 +39,34 @@ class Generation:
 
     def decodes(self, arguments: dict[str, Any]) -> bool:
         """Whether a forward is a decode step, as far as can be told without asking the cache."""
-        tokens = arguments.get("input_ids")
-        known = self.prompts is not None and self.fed >= self.prompts.shape[1]
-        return known and tokens is not None and tokens.shape[1] == 1
+        return self.prompts is not None and self.fed >= self.prompts.shape[1] and is_one_token(arguments)
 
     def advance(self) -> None:
         """A forward has found the tokens of all its adapters."""
         self.fed = self._reached
 
-    def select(self, rules: Rules, batch: Batch, past: int) -> Selection | None:
+    def select(self, rules: Rules, batch: Batch, continued: Past | None) -> Selection | None:
         """The tokens that an adapter edits in a forward.
 
         Args:
             rules (`Rules`): Those of the adapter.
-            batch (`Batch`): What the forward is fed: columns `past` and after.
-            past (`int`): How many columns the cache holds already.
+            batch (`Batch`): What the forward is fed: the columns that follow those which it continues.
+            continued (`Past`, *optional*): What it continues. A recurrent state does not say how many columns those are: all that
+                earlier forwards were fed. None: nothing, and then it is fed all columns again.
 
         Raises:
-            ValueError: when the forward has rows that can't be traced to a prompt.
+            ValueError: when the forward has rows or columns that can't be traced to a prompt.
         """
         if self.prompts is None:
             self.prompts = batch
         rows, width = self.prompts.shape
+        if continued is None and batch.shape[1] < width:
+            raise ValueError(
+                f"{rules}: within a generate of prompts of {width} tokens the model is fed {batch.shape[1]}, and no argument of it says "
+                "what was read before: which of the prompt's tokens they are can't be known. Leave out what splits the prompt, such as "
+                "prefill_chunk_size, or set positions='all'."
+            )
+        past = 0 if continued is None else self.fed if continued.length is None else continued.length
         self._reached = max(self.fed, past + batch.shape[1])
         if past >= width:
             return None  # a decode step
@@ -83,3 +90,56 @@ def _columns(mask_BS: Tensor, past: int, width: int, repeats: int) -> Tensor:
     """So many columns after `past`. Those after the prompt hold what has been generated."""
     here = mask_BS[:, past : past + width].repeat_interleave(repeats, dim=0)
     return nn.functional.pad(here, (0, width - here.shape[1]))
+
+
+def given_prompts(model: Any, args: tuple, kwargs: dict[str, Any], told: dict[str, Any]) -> Batch:
+    """The prompts that a `generate` with these arguments is given.
+
+    Fills in an attention mask where there is none, as `generate` itself would, so that both go by the same one.
+    """
+    tokens = given_input(model, args, kwargs)
+    input_ids = tokens if tokens.dim() == 2 else kwargs.get("input_ids")
+    shape = (tokens.shape[0], tokens.shape[1])
+    if input_ids is not None and input_ids.shape != shape:
+        input_ids = None  # embeddings alone
+    elif input_ids is tokens and kwargs.get("attention_mask") is None:
+        kwargs["attention_mask"] = inferred_mask(model, input_ids, kwargs)
+    return Batch(
+        shape,
+        tokens.device,
+        input_ids=input_ids,
+        attention_mask=kwargs.get("attention_mask"),
+        prompt_lengths=told.get("prompt_lengths"),
+        intervention_mask=told.get("intervention_mask"),
+    )
+
+
+def given_input(model: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """What a `generate` with these arguments is given.
+
+    Raises:
+        ValueError: when it is given nothing.
+    """
+    given = main_input(model, args, kwargs)
+    if given is None:
+        raise ValueError("generate was given no prompt, but ReFT edits tokens of the prompt. Pass input_ids.")
+    return given
+
+
+def refuse_unknown_prompts(model: Any, kwargs: dict[str, Any]) -> None:
+    """Ways to generate that feed the model tokens whose place in the prompt can't be told.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if has_second_prompt(model, kwargs):
+        raise ValueError(
+            "guidance_scale runs the model on a second prompt within generate, and ReFT can't tell it from the first. Leave "
+            "guidance_scale out, or set positions='all'."
+        )
+    continued = find_past_of_generate(type(model).__name__, kwargs)
+    if continued is not None and continued.length is None:
+        raise ValueError(
+            f"{continued.argument} is a recurrent state of an earlier turn, which does not say how many tokens it has read. Give "
+            "generate the whole conversation without it, or set positions='all'."
+        )

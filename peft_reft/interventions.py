@@ -26,7 +26,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
+
+from .transformers_api import ACT2FN
 
 
 # Those that weights are computed and saved in. The 8-bit ones only store them.

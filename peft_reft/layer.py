@@ -13,19 +13,19 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
-from accelerate.hooks import remove_hook_from_module
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from . import nested
 from .bases import Bases, retract_stale
 from .config import ReftConfig
 from .editing import Edit, delta, edit_rows
+from .engines_api import has_hook, hooked_device, remove_hook_from_module
 from .interventions import INTERVENTIONS, WEIGHT_DTYPES, EditWeights, Intervention, activation, initialize
 from .merging import MergedEdit, merge_edit, obstacle, unmerge_edit
+from .peft_api import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from .plan import Job, Jobs
 from .positions import Selection
+from .transformers_api import Conv1D
 
 
 class CallState(Protocol):
@@ -210,7 +210,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def keep_weights(self) -> None:
         """Take back weights that accelerate has offloaded along with the model. Its hooks load the parameters of a module
         when the module is called, and the dicts that hold these never are. They are small, and stay on the device."""
-        if "_hf_hook" not in vars(self.reft_R):  # with a hook on one of the dicts there is one on each
+        if not has_hook(self.reft_R):  # with a hook on one of the dicts there is one on each
             return
         for weights in (self.reft_R, self.reft_W, self.reft_b):
             remove_hook_from_module(weights)
@@ -354,9 +354,7 @@ def _computes_on(module: nn.Module) -> torch.device | str | int | None:
     for parameter in module.parameters():
         if not parameter.is_meta:
             return parameter.device
-    hooks = (vars(part).get("_hf_hook") for part in module.modules())
-    devices = (getattr(hook, "execution_device", None) for hook in hooks)
-    return next((device for device in devices if device is not None), None)
+    return hooked_device(module)
 
 
 def _is_among(h: Tensor, *arguments: Iterable[Any]) -> bool:

@@ -19,11 +19,11 @@ from typing import Any, Protocol
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from .interventions import INTERVENTIONS, WEIGHT_DTYPES
+from .peft_api import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 
 # How far R Rᵀ may be from the identity. Rounding a basis to bfloat16, whose unit roundoff is u = 2⁻⁸, moves no entry of it by more

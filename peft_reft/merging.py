@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.utils.quantization_utils import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from .engines_api import has_hook
 from .interventions import INTERVENTIONS, WEIGHT_DTYPES, activation, affine_source
+from .peft_api import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
+from .transformers_api import Conv1D
 
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def obstacle(layer: ReftLayer, adapter_name: str) -> str | None:
     if backend is not None:
         return None
     # A layer with a forward of its own computes something else from its weight. accelerate's hooks leave it as it is.
-    own_forward = "forward" in vars(base) and "_hf_hook" not in vars(base)
+    own_forward = "forward" in vars(base) and not has_hook(base)
     if type(base).forward not in (nn.Linear.forward, Conv1D.forward) or own_forward or weight is None:
         changed = " with a forward of its own" if own_forward else ""
         return f"{layer.name!r} is a {type(base).__name__}{changed}, and only the output of a linear layer can be folded into a weight"

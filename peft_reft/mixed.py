@@ -10,8 +10,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+
+from .peft_api import AuxiliaryTrainingWrapper
 
 
 BASE = "__base__"  # PEFT's name for no adapter

@@ -8,22 +8,27 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import AutoTokenizer
-from transformers.pytorch_utils import Conv1D
 
 from .batch import Rules
 from .config import ReftConfig
 from .context import ForwardContext
+from .engines_api import check_accelerate, has_hook
 from .layer import ReftLayer
 from .loading import check_names
 from .merging import quantization_backend, refuse_shared_weights, warn_of_new_biases
 from .mixed import mixed_modules_to_save
+from .peft_api import (
+    AuxiliaryTrainingWrapper,
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_peft,
+)
 from .registration import NAME
 from .sharding import refuse_sharded_base
-from .targets import Target, encoder_of, find_targets, not_a_target, target_of
+from .targets import Target, find_targets, not_a_target, target_of
+from .transformers_api import AutoTokenizer, Conv1D, can_generate, check_transformers, encoder_of, eos_token_id
 
 
 # TRL's preference trainers, given a PeftModel, add an adapter "ref" and copy weights to it by names with ".default." in them.
@@ -63,6 +68,9 @@ class ReftModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # blocks are found by structure
 
     def __init__(self, model: Any, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_transformers()
+        check_peft()
+        check_accelerate()
         if isinstance(model, PeftModel):  # LoRA, for example, to be trained with ReFT: both then stand side by side
             model = model.get_base_model()
         for name, other in getattr(model, "peft_config", {}).items():
@@ -300,7 +308,7 @@ def _refuse_unhooked(model: nn.Module) -> None:
         NotImplementedError: when a model on disk has lost its hooks.
     """
     places = getattr(model, "hf_device_map", None) or {}
-    if "disk" in places.values() and not any("_hf_hook" in vars(module) for module in model.modules()):
+    if "disk" in places.values() and not any(map(has_hook, model.modules())):
         raise NotImplementedError(
             "PeftModel.from_pretrained can't load a ReFT adapter on a base model that device_map puts on disk, and has taken the "
             "base's hooks off. Load the base anew, and add the adapter to it as it is: model = get_peft_model(base, "
@@ -314,9 +322,6 @@ def _rules(model: Any, config: ReftConfig) -> Rules:
     Raises:
         ValueError: when the tokenizer is needed, for a response template of text, and can't be loaded.
     """
-    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if eos is None:
-        eos = getattr(getattr(model, "config", None), "eos_token_id", None)
 
     def tokenizer() -> Any:
         name = config.tokenizer_name_or_path or getattr(model, "name_or_path", None)
@@ -328,6 +333,4 @@ def _rules(model: Any, config: ReftConfig) -> Rules:
                 f"from {name!r}: {error} Set tokenizer_name_or_path in ReftConfig, or give the template's token ids."
             ) from error
 
-    # Where the task is not given: labels of a transformers model that can't generate are no answers.
-    can_generate = bool(getattr(model, "can_generate", lambda: True)())
-    return Rules.of(config, tokenizer, eos, can_generate)
+    return Rules.of(config, tokenizer, eos_token_id(model), can_generate(model))

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from .peft_api import BaseTunerLayer
 
 
 WRAPPED = "base_layer."

@@ -7,9 +7,7 @@ reaches into another's internals to extend it.
 
 from __future__ import annotations
 
-from peft import PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import register_peft_method
+from .peft_api import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftType, register_peft_method
 
 
 NAME = "REFT"

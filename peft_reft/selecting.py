@@ -1,6 +1,6 @@
 """The tokens that an adapter edits in one call of a model.
 
-This module puts together what the arguments of the call say (arguments.py), the rules of the adapter (batch.py) and, within
+This module puts together what the arguments of the call say (transformers_api.py), the rules of the adapter (batch.py) and, within
 `generate`, its prompts (generation.py). What it remembers of earlier batches is what a batch alone does not say. It knows nothing
 of layers.
 
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import cache_length, forward_batch, refuse_several
 from .batch import Batch, Rules, locate
 from .checks import QUEUEING, Checks
 from .generation import Generation
 from .positions import Selection, places, round_up, select
 from .subspaces import kept_directions
+from .transformers_api import Past, find_past
 
 
 UNTOLD_EVALUATION = (
@@ -36,7 +36,8 @@ class Call:
     """A call of a model, or of its encoder.
 
     Args:
-        arguments (`dict`): Its arguments, by name.
+        model_name (`str`): The model's class, for messages.
+        arguments (`dict`): Its arguments, by name, but for those that only ReFT reads.
         told (`dict`): What it was told of its prompts besides the tokens: `prompt_lengths`, `intervention_mask`, `subspaces`.
         training (`bool`): Whether the model is in training mode.
         generation (`Generation`, *optional*): The `generate` that it belongs to.
@@ -44,6 +45,7 @@ class Call:
         in_encoder (`bool`): Whether it is one of the encoder of an encoder-decoder model.
     """
 
+    model_name: str
     arguments: dict[str, Any]
     told: dict[str, Any]
     training: bool
@@ -81,23 +83,31 @@ class Selector:
             rules = replace(rules, reads_labels=False)
         elif not rules.spec.all_tokens and generation is not None and generation.decodes(call.arguments):
             return None
-        batch = self._with_plain_mask(forward_batch(rules, call.arguments, call.told, call.prefix))
+        given = Batch.from_inputs({**call.arguments, **call.told}, call.prefix)
+        if given is None:
+            raise ValueError(
+                f"{rules} counts tokens, but the model was called without {call.prefix}input_ids [batch, tokens] or "
+                f"{call.prefix}inputs_embeds. Pass one of them, or set positions='all', which works on any model."
+            )
+        batch = self._with_plain_mask(given)
         training = call.training and generation is None
         selection: Selection | None
         if rules.spec.all_tokens:
             everything_BS = torch.ones(batch.shape, dtype=torch.bool, device=batch.device)
             selection = Selection(everything_BS, None, None)
-        elif call.in_encoder:
-            selection = self._select_in_batch(rules, batch, training)
+        elif call.in_encoder or (generation is None and batch.told == "intervention_mask"):
+            selection = self._select_in_batch(rules, batch, training)  # whatever a cache may hold
         else:
-            past = cache_length(rules, call.arguments, generation)
+            past = find_past(call.model_name, call.arguments)
             if generation is not None:
                 selection = generation.select(rules, batch, past)
-            elif past > 0 and batch.told is None:
-                refuse_several(batch, past)
-                selection = None  # a decode step
             else:
-                selection = self._select_in_batch(rules, batch, training, past)
+                read = 0 if past is None else _length(rules, past)
+                if read > 0 and batch.told is None:
+                    _refuse_several(batch, read)
+                    selection = None  # a decode step
+                else:
+                    selection = self._select_in_batch(rules, batch, training, read)
         if selection is None or subspaces is None:
             return selection
         return replace(selection, kept_TR=_kept(subspaces, call, batch, training))
@@ -126,7 +136,7 @@ class Selector:
 
     def _select_in_batch(self, rules: Rules, batch: Batch, training: bool, past: int = 0) -> Selection:
         """The tokens of a batch, or, where it continues a cache of `past` tokens and its prompts are told, of the rest."""
-        if past > 0 and batch.intervention_mask is None:
+        if past > 0:
             whole = (batch.shape[0], past + batch.shape[1])
             located = locate(
                 rules,
@@ -140,7 +150,7 @@ class Selector:
                 self.checks,
             )
         else:
-            past, located = 0, locate(rules, batch, training, self.checks)
+            located = locate(rules, batch, training, self.checks)
         if located.source == "labels":
             self._saw_labels |= training
         elif located.source == "all tokens" and rules.reads_labels and self._saw_labels:
@@ -151,6 +161,25 @@ class Selector:
             packed = located.runs != batch.shape[0]
             limit = places(rules.spec, rules.groups, round_up(located.runs) if packed else located.runs)
         return select(located.first_BS[:, past:], located.last_BS[:, past:], rules.groups, limit)
+
+
+def _length(rules: Rules, past: Past) -> int:
+    """How many tokens were read before a call outside `generate`."""
+    if past.length is None:
+        raise ValueError(
+            f"{rules}: this model keeps a recurrent state ({past.argument}), which does not say how far the prompt has been read. "
+            "Use generate, which says it, or set positions='all'."
+        )
+    return past.length
+
+
+def _refuse_several(batch: Batch, past: int) -> None:
+    """Outside `generate`, one token after a filled cache is a decode step. Several may be a part of a prompt."""
+    if batch.shape[1] > 1:
+        raise ValueError(
+            f"A forward of {batch.shape[1]} tokens continues a cache of {past}, outside `generate`. Whether they belong to "
+            f"the prompt can't be known. Pass prompt_lengths [{batch.shape[0]}], the length of each whole prompt."
+        )
 
 
 def _refuse_late_numbers(numbers: list[int]) -> ValueError | None:

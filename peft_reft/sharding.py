@@ -10,7 +10,6 @@ optimizer's step, in which all processes take part: forwards, saves and loads fi
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from . import rotation
+from .engines_api import is_in_zero, splits_sequences
 
 
 def is_distributed() -> bool:
@@ -28,11 +28,6 @@ def is_distributed() -> bool:
 def is_kept(basis: Tensor) -> bool:
     """Whether an engine keeps the values of a parameter, and the module holds a part or a copy of them."""
     return is_distributed() and (_is_sharded(basis) or is_in_zero(basis))
-
-
-def is_in_zero(basis: Tensor) -> bool:
-    """Whether DeepSpeed keeps it. The marks are those by which its own `safe_get_full_fp32_param` goes."""
-    return hasattr(basis, "ds_id") or hasattr(basis, "_hp_mapping")
 
 
 def _is_sharded(basis: Tensor) -> bool:
@@ -78,9 +73,7 @@ def refuse_split_sequences() -> None:
     Raises:
         NotImplementedError: when accelerate is set up so.
     """
-    state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
-    config = state._shared_state.get("parallelism_config") if state is not None else None
-    if config is not None and (config.cp_enabled or getattr(config, "sp_enabled", False)):
+    if splits_sequences():
         raise NotImplementedError(
             "Context or sequence parallelism gives each process a part of every sequence, and ReFT can't tell there which of its "
             "tokens are a prompt's first or last. Set cp_size and sp_size to 1 (in axolotl context_parallel_size: 1), or "

@@ -6,25 +6,15 @@ modules is found here, before the first module is wrapped.
 
 from __future__ import annotations
 
-import inspect
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from .config import ReftConfig
-
-
-NoMatchingModule: type[ValueError] = ValueError
-try:
-    from peft.utils.error import NoMatchingPeftModuleError
-
-    NoMatchingModule = NoMatchingPeftModuleError
-except ImportError:  # peft 0.20 raises a ValueError as such
-    pass
+from .peft_api import BaseTunerLayer, NoMatchingModule, check_target_module_exists, get_pattern_key
+from .transformers_api import block_names, encoder_of, text_config
 
 
 @dataclass(frozen=True)
@@ -96,7 +86,7 @@ def main_stack(model: nn.Module) -> list[str]:
     """
     encoder = encoder_of(model)
     root = model if encoder is None else encoder
-    config = _text_config(root) or _text_config(model)
+    config = text_config(root) or text_config(model)
     if config is None:
         raise ValueError(
             f"{type(model).__name__} is no transformers model, so its blocks can't be found. Set target_modules to the "
@@ -106,8 +96,8 @@ def main_stack(model: nn.Module) -> list[str]:
     lists = _stacks(root)
     stacks = [name for name, module in lists.items() if len(module) == depth]
     if len(stacks) > 1:  # a text and a vision tower of the same depth: transformers may name the block of one of them
-        block_names = set(getattr(model, "_no_split_modules", None) or ())
-        stacks = [name for name in stacks if type(_unwrap(lists[name][0])).__name__ in block_names] or stacks
+        named = block_names(model)
+        stacks = [name for name in stacks if type(_unwrap(lists[name][0])).__name__ in named] or stacks
     if len(stacks) != 1:
         found = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
         raise ValueError(
@@ -117,14 +107,6 @@ def main_stack(model: nn.Module) -> list[str]:
         )
     blocks = set(lists[stacks[0]])
     return [name for name, module in model.named_modules() if module in blocks]
-
-
-def encoder_of(model: nn.Module) -> nn.Module | None:
-    """The encoder of an encoder-decoder model, None for other models."""
-    takes_both = "decoder_input_ids" in inspect.signature(model.forward).parameters
-    get_encoder: Any = getattr(model, "get_encoder", None)
-    encoder = get_encoder() if takes_both and get_encoder is not None else None
-    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
 
 
 def _stacks(root: nn.Module) -> dict[str, nn.ModuleList]:
@@ -137,17 +119,11 @@ def _stacks(root: nn.Module) -> dict[str, nn.ModuleList]:
     return lists
 
 
-def _text_config(model: nn.Module) -> Any:
-    """The config of a transformers model, or of its text part, None for other models."""
-    get_text_config = getattr(getattr(model, "config", None), "get_text_config", None)
-    return get_text_config() if get_text_config else None
-
-
 def _hidden_size(model: nn.Module, name: str) -> int | None:
     """Width of the hidden states around a module: that of the nearest part of the model with a config of its own."""
     while name:
         name = name.rpartition(".")[0]
-        hidden_size = getattr(_text_config(model.get_submodule(name)), "hidden_size", None)
+        hidden_size = getattr(text_config(model.get_submodule(name)), "hidden_size", None)
         if hidden_size is not None:
             return hidden_size
     return None

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from .transformers_api import bytes_to_unicode
 
 
 class IdTemplate:

@@ -9,6 +9,9 @@ import torch
 import transformers as t
 
 
+# What the installed transformers calls a cache, as an argument and in outputs.
+CACHE = next(name for name in ("cache", "past_key_values") if name in t.LlamaForCausalLM.forward.__annotations__)
+
 VOCAB = 97
 PAD, BOS, EOS = 0, 1, 2
 SIZES = {

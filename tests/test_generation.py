@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import CACHES, DECODERS, PAD, build, chat_model, prompts, randomize, tokenizer
+from models import CACHE, CACHES, DECODERS, PAD, build, chat_model, prompts, randomize, tokenizer
 from peft import PeftModel, get_peft_model
 from transformers import DynamicCache, StaticCache, pipeline
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from peft_reft import ReftConfig
 
@@ -186,9 +187,9 @@ def test_a_cache_carried_over_from_an_earlier_turn(static):
     model = adapted()
     options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
     cache = StaticCache(config=model.config, max_cache_len=64) if static else DynamicCache(config=model.config)
-    first = model.generate(input_ids=prompts(9)["input_ids"], past_key_values=cache, **options)
+    first = model.generate(input_ids=prompts(9)["input_ids"], **{CACHE: cache}, **options)
     asked = torch.cat([first, prompts(5, seed=7)["input_ids"]], dim=1)
-    second = model.generate(input_ids=asked, past_key_values=cache, **options)
+    second = model.generate(input_ids=asked, **{CACHE: cache}, **options)
     width = asked.shape[1]
     forced = by_mask(model, second, first=[0, 1], last=[6, 7, 8, width - 3, width - 2, width - 1])
     assert torch.equal(forced[:, 8:16], first[:, 9:])
@@ -206,9 +207,9 @@ def test_turns_of_a_conversation(boundary):
 
     model = adapted(response_template=[5, 6], prompt_boundary=boundary)
     cache = DynamicCache(config=model.config)
-    first = model.generate(input_ids=turn(7, 1), past_key_values=cache, **options)
+    first = model.generate(input_ids=turn(7, 1), **{CACHE: cache}, **options)
     asked = torch.cat([first, turn(4, 2)], dim=1)
-    second = model.generate(input_ids=asked, past_key_values=cache, **options)
+    second = model.generate(input_ids=asked, **{CACHE: cache}, **options)
     assert torch.equal(model.generate(input_ids=asked, **options), second)  # read anew
     with torch.no_grad():
         whole = model(input_ids=second).logits
@@ -262,13 +263,13 @@ def test_decode_steps_outside_generate(positions):
         step = model(input_ids=ids, use_cache=True)
         tokens = [step.logits[:, -1:].argmax(dim=-1)]
         while len(tokens) < NEW:
-            step = model(input_ids=tokens[-1], past_key_values=step.past_key_values, use_cache=True)
+            step = model(input_ids=tokens[-1], use_cache=True, **{CACHE: step[CACHE]})
             tokens.append(step.logits[:, -1:].argmax(dim=-1))
         assert torch.equal(torch.cat(tokens, dim=1), answer)
         # a prompt fed in two parts, with its length told
-        cache = model(input_ids=ids[:, :5], prompt_lengths=torch.tensor([9]), use_cache=True).past_key_values
+        cache = model(input_ids=ids[:, :5], prompt_lengths=torch.tensor([9]), use_cache=True)[CACHE]
         with pytest.raises(ValueError, match="continues a cache of 5.*prompt_lengths"):
-            model(input_ids=ids[:, 5:], past_key_values=cache)
+            model(input_ids=ids[:, 5:], **{CACHE: cache})
 
 
 def test_the_base_model_is_watched_too():
@@ -286,6 +287,7 @@ def test_the_base_model_is_watched_too():
     [
         ({"guidance_scale": 1.5}, "guidance_scale.*second prompt"),
         ({"cache_params": object()}, "cache_params is a recurrent state of an earlier turn"),
+        ({"state": [torch.zeros(1)]}, "state is a recurrent state of an earlier turn"),
     ],
 )
 def test_ways_of_generating_that_do_not_say_where_the_prompt_is(options, message):
@@ -295,8 +297,9 @@ def test_ways_of_generating_that_do_not_say_where_the_prompt_is(options, message
 
 def test_continuous_batching_is_refused():
     ids = prompts(9)["input_ids"]
-    batch = {"input_ids": ids, "cu_seq_lens_q": torch.tensor([0, 9]), "cache": object()}
-    with pytest.raises(ValueError, match="continuous batching.*positions='all'"):
+    paged = object.__new__(PagedAttentionCache)
+    batch = {"input_ids": ids, "cu_seq_lens_q": torch.tensor([0, 9]), "cache": paged}
+    with pytest.raises(NotImplementedError, match="continuous batching.*positions='all'"):
         adapted()(**batch)
 
 

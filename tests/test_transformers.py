@@ -84,7 +84,7 @@ def output(model: torch.nn.Module, name: object = "llama") -> torch.Tensor:
     if name in SEQ2SEQ:
         batch["decoder_input_ids"] = prompts(5, 5)["input_ids"]
     with torch.no_grad():
-        return next(value for key, value in model(**batch).items() if key not in ("loss", "past_key_values"))
+        return next(value for key, value in model(**batch).items() if key not in ("loss", CACHE))
 
 
 def generated(model: torch.nn.Module) -> torch.Tensor:

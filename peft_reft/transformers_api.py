@@ -1,0 +1,273 @@
+"""What ReFT relies on in transformers: the names of arguments, the ways of caches and of `generate`, the parts of a model.
+
+Everything that a release of transformers can rename stands here, and nothing of ReFT does. Wrong tokens would be edited in silence if a
+call that continues a cache were taken for a new prompt. So the cache is known by its type, under whatever name it comes; what carries
+the state of earlier calls in another form is known by its name; and any other argument that may carry it is an error (`find_past`).
+`RELIED_ON` lists the pieces whose loss would not show by itself. They are looked for once, before the first adapter is made.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .versions import gone, require, way_out
+
+
+try:
+    from transformers import AutoTokenizer, GenerationConfig
+    from transformers.activations import ACT2FN
+    from transformers.cache_utils import Cache
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    from transformers.pytorch_utils import Conv1D
+except ImportError as error:
+    raise ImportError(gone("transformers", f"what can't be imported ({error})")) from error
+
+__all__ = ["ACT2FN", "AutoTokenizer", "Cache", "Conv1D", "bytes_to_unicode"]
+
+RELIED_ON = (
+    "transformers.cache_utils:Cache.get_seq_length",  # how many tokens a cache holds
+    "transformers.cache_utils:Cache.is_linear",  # which of its layers are recurrent states, and hold no tokens
+    "transformers.generation.utils:GenerationMixin.generate",  # it runs every forward of the prompt and of decoding
+    "transformers.modeling_utils:PreTrainedModel.can_generate",  # whether labels are answers, where no task type is given
+    "transformers.modeling_utils:PreTrainedModel.get_encoder",  # the encoder, whose tokens are not the decoder's
+    "transformers.modeling_utils:PreTrainedModel.get_input_embeddings",
+    "transformers.modeling_utils:PreTrainedModel.main_input_name",
+    "transformers.configuration_utils:PreTrainedConfig.get_text_config",  # depth and width of the main stack
+)
+# Arguments of `generate` that change which tokens are a prompt, or are padding. A GenerationConfig has each of them.
+GENERATION_SETTINGS = ("guidance_scale", "pad_token_id", "eos_token_id")
+PACKING = "cu_seq_lens_q"  # where the sequences of a packed batch begin and end, for flash attention
+
+
+@functools.cache
+def check_transformers() -> None:
+    """Look for the pieces that ReFT relies on, once.
+
+    Raises:
+        RuntimeError: naming the piece that the installed transformers lacks, and the versions known to work.
+    """
+    require("transformers", *RELIED_ON)
+    settings = vars(GenerationConfig())
+    for name in GENERATION_SETTINGS:
+        if name not in settings:
+            raise RuntimeError(gone("transformers", f"GenerationConfig.{name}"))
+    from transformers.utils.generic import TransformersKwargs
+
+    if PACKING not in TransformersKwargs.__annotations__:
+        raise RuntimeError(gone("transformers", f"the argument {PACKING} of models' forward"))
+
+
+# -- calls ---------------------------------------------------------------------------------------------------------------
+
+
+def forward_parameters(module: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments that a module's forward takes by their place."""
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+def is_one_token(arguments: Mapping[str, Any]) -> bool:
+    """Whether a forward of a decoder is fed one token for each row."""
+    tokens = arguments.get("input_ids")
+    return tokens is not None and tokens.shape[1] == 1
+
+
+# -- what earlier calls have read ----------------------------------------------------------------------------------------
+
+# The names of caches of keys and values: "cache" since transformers 5.24, "past_key_values" before. A cache of a type unknown to
+# transformers is believed under these names if it can say how many tokens it holds.
+CACHES = ("cache", "past_key_values")
+# Recurrent states and memories, which do not say how many tokens they have read: of Mamba and xLSTM before 5.24, RWKV, XLNet, Reformer,
+# and of a drafting model, which is fed what its target has read.
+STATES = ("cache_params", "state", "mems", "past_buckets_states", "shared_kv_states")
+# Arguments whose names sound like state, and that carry none of the tokens that a decoder's blocks count: switches, what another stack
+# (an encoder, a vision tower, the audio stream of Voxtral) has made, and the mask of attention, which is read by its own rules.
+STATELESS = frozenset(
+    {
+        "attention_mask",
+        "cross_attention_states",
+        "encoder_cache",
+        "encoder_hidden_states",
+        "encoder_outputs",
+        "encoder_past_key_values",
+        "image_hidden_states",
+        "mm_encoder_outputs",
+        "output_hidden_states",
+        "padding_cache",
+        "use_cache",
+        "use_mems",
+    }
+)
+SOUNDS_LIKE_STATE = re.compile(
+    r"(^|_)(cached?|caches|past|states?|stateful|mems?|memory|memories|history|recurrent|kv|kvs|buckets|seen)(_|$)"
+)
+PLAIN = (Tensor, bool, int, float, str, bytes, torch.dtype, torch.device, type(None))
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a call of a model continues.
+
+    Args:
+        argument (`str`): The argument that carries it.
+        length (`int`, *optional*): How many tokens earlier calls have read. None: it does not say.
+    """
+
+    argument: str
+    length: int | None
+
+
+class UnknownState(ValueError):
+    """An argument may carry the state of earlier calls, in a form that this module does not know."""
+
+
+def find_past(model_name: str, arguments: Mapping[str, Any]) -> Past | None:
+    """What a call continues. None: no argument of it carries anything of earlier calls.
+
+    Args:
+        model_name (`str`): The model's class, for messages.
+        arguments (`Mapping`): The arguments of the call, by name.
+
+    Raises:
+        UnknownState: for an argument that may carry state and is unknown, and where several do.
+        NotImplementedError: when the call is one of continuous batching.
+    """
+    found: list[Past] = []
+    for name, value in arguments.items():
+        if value is not None and name not in STATELESS and (past := _past_in(model_name, name, value)) is not None:
+            found.append(past)
+    if len(found) > 1:
+        names = " and ".join(past.argument for past in found)
+        raise UnknownState(_unknown(model_name, f"arguments {names} both carry"))
+    return found[0] if found else None
+
+
+def _past_in(model_name: str, name: str, value: Any) -> Past | None:
+    if isinstance(value, Cache):
+        own = getattr(value, "self_attention_cache", value)  # of an encoder-decoder's two, the decoder's
+        return Past(name, None if own.is_linear and all(own.is_linear) else int(own.get_seq_length()))
+    if type(value).__name__ == "PagedAttentionCache":
+        raise NotImplementedError(
+            "continuous batching (generate_batch) mixes prompts and decode steps in one row, and does not say which token is which. "
+            "Use generate, or set positions='all'."
+        )
+    if name in STATES:
+        # PI0's `state` is that of a robot: a tensor. RWKV's is a list.
+        return None if name == "state" and isinstance(value, Tensor) else Past(name, None)
+    if name in CACHES:
+        if (
+            isinstance(value, (tuple, list)) and len(value) > 0
+        ):  # keys and values of each layer, as before there were caches
+            return Past(name, value[0][0].shape[-2])
+        counts = getattr(value, "get_seq_length", None)
+        return Past(name, int(counts()) if callable(counts) else None)
+    if may_carry_state(name, value):
+        raise UnknownState(_unknown(model_name, f"argument {name} ({type(value).__name__}) may carry"))
+    return None
+
+
+def may_carry_state(name: str, value: Any) -> bool:
+    """Whether an argument that is none of the known carriers may be one: by a telling name, or a value that is no plain data."""
+    if isinstance(value, (bool, int, float, str)):
+        return False
+    return SOUNDS_LIKE_STATE.search(name) is not None or not _is_plain(value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list, set)):
+        return all(map(_is_plain, value))
+    return all(map(_is_plain, value.values())) if isinstance(value, dict) else isinstance(value, PLAIN)
+
+
+def _unknown(model_name: str, carriers: str) -> str:
+    return (
+        f"{model_name}'s {carriers} what earlier calls have read, in a way that peft_reft does not know, so it can't tell whether the "
+        f"tokens of this call are a prompt. {way_out('transformers')} Until then, name the tokens to edit of each call with "
+        "intervention_mask [batch, tokens], or set positions='all'."
+    )
+
+
+def find_past_of_generate(model_name: str, kwargs: Mapping[str, Any]) -> Past | None:
+    """What a `generate` with these arguments continues. Most of its arguments are no model's: unknown state is left to the forwards."""
+    known = {name: value for name, value in kwargs.items() if name in (*CACHES, *STATES) or isinstance(value, Cache)}
+    return find_past(model_name, known)
+
+
+# -- generate ------------------------------------------------------------------------------------------------------------
+
+
+def generation_setting(model: Any, kwargs: Mapping[str, Any], name: str) -> Any:
+    """A setting of a `generate` with these arguments: given itself, or in its generation config, or in the model's."""
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    return kwargs.get(name, getattr(config, name, None))
+
+
+def has_second_prompt(model: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a `generate` runs the model on a second prompt of its own making (classifier-free guidance)."""
+    return generation_setting(model, kwargs, "guidance_scale") not in (None, 1, 1.0)
+
+
+def main_input(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What a `generate` with these arguments is given: token ids or embeddings, or an encoder's input of another kind."""
+    names = ("inputs_embeds", "inputs", "input_ids", getattr(model, "main_input_name", "input_ids"))
+    given = [kwargs[name] for name in names if kwargs.get(name) is not None] + list(args[:1])
+    return given[0] if given else None
+
+
+def inferred_mask(model: Any, input_ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """The attention mask that `generate` gives prompts that come without one: padding is the pad token, unless that also ends texts."""
+    pad, eos = (generation_setting(model, kwargs, name) for name in ("pad_token_id", "eos_token_id"))
+    if pad is None or pad in end_ids(eos):
+        return torch.ones_like(input_ids)
+    return (input_ids != pad).long()
+
+
+# -- models --------------------------------------------------------------------------------------------------------------
+
+# The attributes that hold the function with which a module checkpoints its activations: transformers' blocks, torch's wrapper. A
+# recompute that is not bound by one of them runs into ReftLayer's own refusal to run without a Selection.
+CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
+
+
+def end_ids(eos: Any) -> tuple[int, ...]:
+    """An `eos_token_id` of a config, one or several, as a tuple."""
+    if eos is None:
+        return ()
+    return (eos,) if isinstance(eos, int) else tuple(int(index) for index in eos)
+
+
+def eos_token_id(model: Any) -> Any:
+    """The tokens at which the model's `generate` stops."""
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return getattr(getattr(model, "config", None), "eos_token_id", None) if eos is None else eos
+
+
+def can_generate(model: Any) -> bool:
+    """Whether a model generates text, so that its labels are answers. A model of no transformers class is taken to."""
+    return bool(getattr(model, "can_generate", lambda: True)())
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of a transformers model, or of its text part, None for other models."""
+    get_text_config = getattr(getattr(model, "config", None), "get_text_config", None)
+    return get_text_config() if get_text_config else None
+
+
+def encoder_of(model: nn.Module) -> nn.Module | None:
+    """The encoder of an encoder-decoder model, None for other models."""
+    takes_both = "decoder_input_ids" in forward_parameters(model)
+    get_encoder: Any = getattr(model, "get_encoder", None)
+    encoder = get_encoder() if takes_both and get_encoder is not None else None
+    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
+
+
+def block_names(model: nn.Module) -> set[str]:
+    """The classes of its blocks that a model names, to keep each on one device."""
+    return set(getattr(model, "_no_split_modules", None) or ())
