@@ -137,7 +137,7 @@ def find_past(model_name: str, arguments: Mapping[str, Any]) -> Past | None:
 
     Raises:
         UnknownState: for an argument that may carry state and is unknown, and where several do.
-        NotImplementedError: when the call is one of continuous batching.
+        ValueError: when the call is one of continuous batching.
     """
     found: list[Past] = []
     for name, value in arguments.items():
@@ -154,8 +154,8 @@ def _past_in(model_name: str, name: str, value: Any) -> Past | None:
         own = getattr(value, "self_attention_cache", value)  # of an encoder-decoder's two, the decoder's
         return Past(name, None if own.is_linear and all(own.is_linear) else int(own.get_seq_length()))
     if type(value).__name__ == "PagedAttentionCache":
-        raise NotImplementedError(
-            "continuous batching (generate_batch) mixes prompts and decode steps in one row, and does not say which token is which. "
+        raise ValueError(
+            "Continuous batching (generate_batch) mixes prompts and decode steps in one row, and does not say which token is which. "
             "Use generate, or set positions='all'."
         )
     if name in STATES:

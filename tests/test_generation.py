@@ -299,7 +299,7 @@ def test_continuous_batching_is_refused():
     ids = prompts(9)["input_ids"]
     paged = object.__new__(PagedAttentionCache)
     batch = {"input_ids": ids, "cu_seq_lens_q": torch.tensor([0, 9]), "cache": paged}
-    with pytest.raises(NotImplementedError, match="continuous batching.*positions='all'"):
+    with pytest.raises(ValueError, match="Continuous batching.*positions='all'"):
         adapted()(**batch)
 
 

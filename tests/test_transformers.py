@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as t
 from models import (
+    CACHE,
     DECODERS,
     ENCODERS,
     SEQ2SEQ,
