@@ -5,6 +5,10 @@ module's `_apply`, and an optimizer's step by a hook that torch calls after it: 
 and DeepSpeed's write past the counter. A basis that has changed is retracted where it is next read or saved; one whose values an
 engine keeps, in the step itself (sharding.py has the reason). What is orthonormal already stays as it is to the bit, so a basis of
 which nothing is known costs time, and no precision.
+
+Callbacks that average weights write through `param.data`, which leaves no trace. So where the model is saved or goes from training
+to evaluation and back, its bases are doubted: their values are looked at, and only those that are off are written. A write, even of
+the same values, would invalidate a graph whose backward is still to come.
 """
 
 from __future__ import annotations
@@ -39,10 +43,11 @@ class Bases:
         self._parameters = parameters
         self._configs = configs
         self._clean: dict[str, tuple] = {}  # in which state the rows of each were last orthonormal
+        self._doubted: set[str] = set()  # whose values may have changed since without a change of that state
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or an unpickled layer has parameters of its own, of which nothing is known yet."""
-        return {**self.__dict__, "_clean": {}}
+        return {**self.__dict__, "_clean": {}, "_doubted": set()}
 
     def orthonormal(self) -> dict[str, nn.Parameter]:
         """Those whose rows are to be orthonormal."""
@@ -52,17 +57,25 @@ class Bases:
         return INTERVENTIONS[self._configs[name].intervention].orthonormal and not basis.is_meta
 
     def stale(self) -> dict[str, nn.Parameter]:
-        """Those of them that something has changed since, but for what an engine keeps."""
+        """Those of them that something has changed since, or may have, but for what an engine keeps."""
         # Asked for every layer in every forward: past ParameterDict's own ways, and what is likeliest to rule one out first.
-        clean = self._clean
+        clean, doubted = self._clean, self._doubted
         changed = {
             name: basis
             for name, basis in self._parameters._parameters.items()
-            if basis is not None and clean.get(name) != _state(basis) and self._is_orthonormal(name, basis)
+            if basis is not None
+            and (name in doubted or clean.get(name) != _state(basis))
+            and self._is_orthonormal(name, basis)
         }
         if changed and sharding.is_distributed():
             return {name: basis for name, basis in changed.items() if not sharding.is_kept(basis)}
         return changed
+
+    def only_doubted(self, adapter_name: str) -> bool:
+        """Whether a stale one may be as it was: nothing is known to have written to it."""
+        basis = self._parameters._parameters[adapter_name]
+        assert basis is not None
+        return self._clean.get(adapter_name) == _state(basis)
 
     def mark_stepped(self, stepped: set[int]) -> None:
         """Note a step of parameters with these ids."""
@@ -75,14 +88,19 @@ class Bases:
         basis = self._parameters._parameters[adapter_name]
         assert basis is not None
         self._clean[adapter_name] = _state(basis)
+        self._doubted.discard(adapter_name)
 
     def mark_stale(self, adapter_name: str) -> None:
         """Note a change that the version counter may not show."""
         self._clean.pop(adapter_name, None)
 
     def mark_all_stale(self) -> None:
-        """Note that all may have changed."""
+        """Note that all have changed."""
         self._clean.clear()
+
+    def doubt_all(self) -> None:
+        """Note that all may have changed without a trace."""
+        self._doubted.update(self._parameters._parameters)
 
     def trust_replaced(self) -> None:
         """Take those that are other parameters than before for copies of orthonormal ones."""
@@ -105,7 +123,9 @@ def retract_stale(layers: Iterable[ReftLayer]) -> None:
     with _RETRACTING:
         stale = [(layer.bases, name, basis) for layer in layers for name, basis in layer.bases.stale().items()]
         if stale:
-            rotation.retract(basis for _, _, basis in stale)
+            doubted = [basis for bases, name, basis in stale if bases.only_doubted(name)]
+            changed = [basis for bases, name, basis in stale if not bases.only_doubted(name)]
+            rotation.retract(changed + [doubted[index] for index in rotation.not_orthonormal(doubted)])
             for bases, name, _ in stale:
                 bases.mark_clean(name)
 

@@ -30,6 +30,7 @@ from .loading import check_state_dict, check_weights
 from .mixed import MixedBatch
 from .plan import Job, Jobs, plan, with_own_weights
 from .positions import Selection
+from .saving import watch_saving
 from .selecting import Call, Selector
 from .transformers_api import encoder_of, forward_parameters
 from .weights import Prepared, PreparedWeights, can_be_prepared, needs_gradient
@@ -50,11 +51,12 @@ class CallState(threading.local):
     resting: bool = False  # a decode step is running in which no layer has anything to do
     recomputed: Jobs | None = None  # the same, for what runs in it and again in backward
     encoder_alone: bool = False
+    saving: bool = False  # the state dict of the whole model is being collected
 
     def clear(self) -> None:
         """The forward is over."""
         self.jobs = self.recomputed = self.told = None
-        self.resting = False
+        self.resting = self.saving = False
 
 
 class ForwardContext:
@@ -109,6 +111,7 @@ class ForwardContext:
             return
         watch_steps(self)
         self._watch(model, self._before_forward, self._after_forward)
+        self._handles += watch_saving(model, self)
         self._handles.append(model.register_load_state_dict_pre_hook(self._before_loading))
         encoder = encoder_of(model)
         if encoder is not None:

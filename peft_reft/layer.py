@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import nested
+from . import nested, saving
 from .bases import Bases, retract_stale
 from .config import ReftConfig
 from .editing import Edit, delta, edit_rows
@@ -33,6 +33,7 @@ class CallState(Protocol):
 
     jobs: Jobs | None
     resting: bool
+    saving: bool
 
 
 class SelectionSource(Protocol):
@@ -96,7 +97,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []  # the class has a list that all layers would share
         self._merged: list[MergedEdit] = []
         self.bases = Bases(self.reft_R, self.reft_config)
-        self.register_state_dict_pre_hook(_before_saving)
+        self.register_state_dict_pre_hook(saving.before_layer)
         self.register_state_dict_post_hook(nested.rename_saved)
         self.register_load_state_dict_pre_hook(nested.rename_loaded)
 
@@ -133,7 +134,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> Any:
-        """A model goes from training to evaluation, and back, about where averaged weights are swapped in by way of `data`."""
+        """Callbacks that average weights swap them through `param.data`, which no version counter shows, around train() and eval()."""
+        self.bases.doubt_all()
         self.context.forget_weights()
         return super().train(mode)
 
@@ -374,11 +376,3 @@ def _may_be_written(h: Tensor) -> bool:
     if h.grad_fn is None:
         return not h.requires_grad
     return not (h._is_view() and isinstance(h.grad_fn, torch.autograd.function.BackwardCFunction))
-
-
-def _before_saving(layer: nn.Module, *_: Any) -> None:
-    """State dict hook: what is saved as reft_R has orthonormal rows, also right after an optimizer step."""
-    assert isinstance(layer, ReftLayer)
-    layer.context.settle_checks()
-    layer.keep_weights()
-    retract_stale([layer])

@@ -15,7 +15,7 @@ Dimensions: G groups of weights, R rank, D width of the hidden state.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,14 +76,65 @@ def retracted(bases: Sequence[Tensor]) -> list[Tensor]:
         bases (`Sequence[torch.Tensor]`): Of shape [G, r, D] with r <= D, of any floating dtype.
     """
     results = list(bases)
+    for same, R_NRD in _alike(bases):
+        for index, part in zip(same, _orthonormal_rows(R_NRD).split([bases[index].shape[0] for index in same])):
+            results[index] = part
+    return results
+
+
+@torch.no_grad()
+def not_orthonormal(bases: Sequence[Tensor]) -> list[int]:
+    """Which bases `retracted` would change: their indices. A GPU is waited for, once for each shape.
+
+    Args:
+        bases (`Sequence[torch.Tensor]`): Of shape [G, r, D] with r <= D, of any floating dtype.
+    """
+    found = []
+    for same, R_NRD in _alike(bases):
+        kept_N = _is_orthonormal(_gram(wide(R_NRD)), R_NRD.dtype)
+        parts = kept_N.cpu().split([bases[index].shape[0] for index in same])
+        found += [index for index, part in zip(same, parts) if not part.all()]
+    return sorted(found)
+
+
+@torch.no_grad()
+def nearest(R_GRD: Tensor) -> Tensor:
+    """The matrices with orthonormal rows that are nearest to the given ones, in the dtype and on the device of those.
+
+    They are the polar factors UVᵀ of R = UΣVᵀ, nearest in every norm that rotations leave alone (Fan and Hoffman 1955). No row is
+    preferred, as by Gram and Schmidt's procedure: of a mean of bases, each row moves as little as the others do.
+
+    Args:
+        R_GRD (`torch.Tensor`): [G, r, D] with r <= D, finite, of any floating dtype.
+    """
+    U_GRR, _, Vh_GRD = torch.linalg.svd(wide(R_GRD), full_matrices=False)
+    return (U_GRR @ Vh_GRD).to(R_GRD.device, R_GRD.dtype)
+
+
+def _alike(bases: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
+    """The indices of bases of one kind, and their matrices in one batch."""
     by_kind: dict[tuple, list[int]] = defaultdict(list)
     for index, basis in enumerate(bases):
         by_kind[basis.shape[1:], basis.dtype, basis.device].append(index)
     for same in by_kind.values():
-        orthonormal_NRD = _orthonormal_rows(torch.cat([bases[index] for index in same]))
-        for index, part in zip(same, orthonormal_NRD.split([bases[index].shape[0] for index in same])):
-            results[index] = part
-    return results
+        yield same, torch.cat([bases[index] for index in same])
+
+
+def wide(R_NRD: Tensor) -> Tensor:
+    """A copy in double precision, which MPS does not have."""
+    return R_NRD.to("cpu" if R_NRD.device.type == "mps" else R_NRD.device, torch.float64, copy=True)
+
+
+def _gram(R_NRD: Tensor) -> Tensor:
+    return R_NRD.bmm(R_NRD.mT)
+
+
+def _is_orthonormal(gram_NRR: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether rows with these inner products are orthonormal [N], up to the rounding of their dtype, and to that of the
+    single-precision factorization with which they may have been made."""
+    rounding = 2 * torch.finfo(dtype).eps + 32 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    eye_RR = torch.eye(gram_NRR.shape[-1], dtype=gram_NRR.dtype, device=gram_NRR.device)
+    return (gram_NRR - eye_RR).abs().amax(dim=(-2, -1)) <= rounding
 
 
 # Rows that depend on each other up to this are pushed apart: below what training makes of them, and so far above what double
@@ -97,14 +148,10 @@ def _orthonormal_rows(R_NRD: Tensor) -> Tensor:
     Householder's reflections need no such precision, but they are many small steps for each matrix, which a GPU takes one after
     another. This way is as robust: a little of the first r unit vectors is added to rows that are not linearly independent.
     """
-    wide_NRD = R_NRD.to("cpu" if R_NRD.device.type == "mps" else R_NRD.device, torch.float64, copy=True)
-    gram_NRR = wide_NRD.bmm(wide_NRD.mT)
+    wide_NRD = wide(R_NRD)
+    gram_NRR = _gram(wide_NRD)
     eye_RR = torch.eye(gram_NRR.shape[-1], dtype=gram_NRR.dtype, device=gram_NRR.device)
-    # Of what is orthonormal, the inner products are off by its rounding to the dtype of the parameter, and by that of the
-    # single-precision factorization with which it may have been made.
-    rounding = 2 * torch.finfo(R_NRD.dtype).eps
-    rounding += 32 * torch.finfo(torch.promote_types(R_NRD.dtype, torch.float32)).eps
-    kept_N11 = (gram_NRR - eye_RR).abs().amax(dim=(-2, -1), keepdim=True) <= rounding
+    kept_N = _is_orthonormal(gram_NRR, R_NRD.dtype)
 
     lower_NRR, failed_N = torch.linalg.cholesky_ex(gram_NRR)
     size_N = gram_NRR.amax(dim=(-2, -1)).sqrt()
@@ -112,9 +159,9 @@ def _orthonormal_rows(R_NRD: Tensor) -> Tensor:
     if not independent_N.is_cpu or not bool(independent_N.all()):  # to ask a GPU would be to wait for it
         nudge_N = torch.where(size_N > 0, INDEPENDENT * size_N, 1.0).masked_fill(independent_N, 0.0)
         wide_NRD[..., : eye_RR.shape[0]] += nudge_N[:, None, None] * eye_RR
-        lower_NRR, _ = torch.linalg.cholesky_ex(wide_NRD.bmm(wide_NRD.mT))
+        lower_NRR, _ = torch.linalg.cholesky_ex(_gram(wide_NRD))
     wide_NRD = torch.linalg.solve_triangular(lower_NRR, wide_NRD, upper=False)
     if R_NRD.dtype == torch.float64:  # once is as exact as single precision can tell
-        lower_NRR, _ = torch.linalg.cholesky_ex(wide_NRD.bmm(wide_NRD.mT))
+        lower_NRR, _ = torch.linalg.cholesky_ex(_gram(wide_NRD))
         wide_NRD = torch.linalg.solve_triangular(lower_NRR, wide_NRD, upper=False)
-    return torch.where(kept_N11, R_NRD, wide_NRD.to(R_NRD.device, R_NRD.dtype))
+    return torch.where(kept_N.to(R_NRD.device)[:, None, None], R_NRD, wide_NRD.to(R_NRD.device, R_NRD.dtype))

@@ -107,7 +107,14 @@ TENSORS = {
     "NaN": (fill("W", float("nan")), r"reft_W.* holds 32 NaN and 0 infinite values, of 256.*earlier save"),
     "NaN in R": (fill("R", float("nan")), r"reft_R.* holds 32 NaN"),
     "Inf": (fill("b", float("-inf")), r"reft_b.* holds 0 NaN and 1 infinite values, of 8"),
-    "scaled": (lambda tensors: tensors[f"{LAYER}R"].mul_(1.01), r"rows of .*reft_R.* not orthonormal.*off by 0.02"),
+    "scaled": (
+        lambda tensors: tensors[f"{LAYER}R"].mul_(2),
+        r"rows of .*reft_R.* not orthonormal.*off by 3,.*from 2 to 2,",
+    ),
+    "opposed": (
+        lambda tensors: tensors[f"{LAYER}R"].mul_(0.05),
+        r"rows of .*reft_R.* not orthonormal.*from 0.05 to 0.05,.*one start",
+    ),
     "one row": (fill("R", 0.0), r"rows of .*reft_R.* not orthonormal.*off by 1,?"),
     "huge": (lambda tensors: tensors[f"{LAYER}R"].mul_(1e30), r"rows of .*reft_R.* not orthonormal"),
     "swapped": (swap, r"rows of .*reft_R.* not orthonormal.*rotation.retract"),

@@ -200,7 +200,8 @@ def _tensors(checkpoint: Checkpoint, config: ReftConfig) -> dict[str, Tensor]:
         if not intervention.has_source:
             del shapes["W"]
         names = {letter: f"{name}.reft_{letter}" for letter in shapes}
-        check_tensors(checkpoint.source, names, given, shapes, intervention.orthonormal, way_out)
+        # What is converted edits as before, so that here no R is replaced by the nearest orthonormal one.
+        check_tensors(checkpoint.source, names, given, shapes, intervention.orthonormal, way_out, near=False)
         tensors |= {f"base_model.model.{name}.reft_{letter}": value for letter, value in given.items()}
     return tensors
 
