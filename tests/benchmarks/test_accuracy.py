@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from paths import REPOSITORY
 
 from benchmarks.accuracy import EXPERIMENTS, Runs, collect, table
 
@@ -96,4 +97,4 @@ def test_what_is_there_is_not_run_again(tmp_path, commands):
 
 def test_recipes_are_there():
     for experiment in EXPERIMENTS.values():
-        assert (Path(__file__).parents[1] / "examples" / experiment.recipe / "smol.yaml").is_file()
+        assert (REPOSITORY / "examples" / experiment.recipe / "smol.yaml").is_file()

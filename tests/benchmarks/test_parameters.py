@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
+from paths import REPOSITORY
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
@@ -15,7 +15,7 @@ from benchmarks.report import markdown_table
 
 
 ROWS = list(published())
-PAGE = (Path(__file__).parents[1] / "docs" / "results.md").read_text()
+PAGE = (REPOSITORY / "docs" / "results.md").read_text()
 # Width, layers, inner width, vocabulary, width of keys and values.
 LLAMAS = {
     "LLaMA-7B": (4096, 32, 11_008, 32_000, 4096),

@@ -20,6 +20,7 @@ import torch
 import transformers
 from models import GROUPED, build, labelled, prompts, weight
 from packaging.version import Version
+from paths import HELPERS, REPOSITORY
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import distributed
@@ -28,8 +29,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from peft_reft import ReftConfig
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples" / "distributed"
-WORKER = str(Path(__file__).with_name("distributed_worker.py"))
+EXAMPLES = REPOSITORY / "examples" / "distributed"
+WORKER = str(HELPERS / "distributed_worker.py")
 ARGUMENTS = {
     "max_steps": 4,
     "per_device_train_batch_size": 4,
@@ -96,7 +97,7 @@ def run(processes: int, trainings: list[dict[str, Any]], environment: dict[str, 
             port = str(free.getsockname()[1])
         command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
     environment = os.environ | environment | {"OMP_NUM_THREADS": "1"}
-    path = [str(Path(WORKER).parent), str(EXAMPLES.parents[1]), os.environ.get("PYTHONPATH", "")]
+    path = [str(HELPERS), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     done = subprocess.run(
         [*command, WORKER, json.dumps(trainings)], env=environment, capture_output=True, text=True, timeout=600

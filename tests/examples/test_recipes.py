@@ -16,8 +16,8 @@ import tokenizers as tk
 import torch
 import transformers as t
 import yaml
-from conftest import REPOSITORY
 from models import tokenizer
+from paths import REPOSITORY
 from peft import LoraConfig, get_peft_model
 
 from peft_reft import ReftConfig

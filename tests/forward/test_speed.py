@@ -6,11 +6,11 @@ import copy
 import dataclasses
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from models import blocks, build, labelled, prompts, randomize, weight
+from paths import REPOSITORY
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 import peft_reft.checks
@@ -511,10 +511,9 @@ def test_a_thousand_steps_at_a_large_learning_rate(fused, tmp_path):
 
 @pytest.mark.slow
 def test_the_benchmark_runs_as_a_user_runs_it(tmp_path):
-    root = Path(__file__).parents[1]
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks", "step", "--pairs", "2", "--out", str(tmp_path)],
-        cwd=root,
+        cwd=REPOSITORY,
         capture_output=True,
         text=True,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import paths
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -14,7 +15,7 @@ from peft_reft import ReftLayer
 from peft_reft.conversion import Conversion, convert_adapters, convert_pyreft
 
 
-DATA = Path(__file__).parent / "data" / "conversion"
+DATA = paths.DATA / "conversion"
 BASES = {
     "llama": DATA.parent / "pyreft" / "base",
     "llama-classifier": DATA.parent / "pyreft" / "base",

@@ -1,6 +1,6 @@
-"""What the real pyreft does with checkpoints. Run by tests/test_convert_peers.py in pyreft's own environment.
+"""What the real pyreft does with checkpoints. Run by tests/peers/test_convert_peers.py in pyreft's own environment.
 
-    python tests/pyreft_worker.py jobs.json results.safetensors
+    python tests/helpers/pyreft_worker.py jobs.json results.safetensors
 
 jobs.json: a list of {"case": as in cases.json, "folder": a checkpoint, "by": "state" or "load"}. By "state", its weights are put into a
 model made like the case, as `load_intervention` does; by "load", pyreft's own `ReftModel.load` makes all of it, on a base in bfloat16.
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).parent / "data" / "conversion"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "data" / "conversion"))
 
 import make_pyreft
 import pyreft

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conversions import BASES, DATA, PYREFT, base_of, expected, from_pyreft, logits_of, tokens_of
+from paths import HELPERS
 from peft import get_peft_model
 from safetensors.torch import load_file
 
@@ -35,7 +36,7 @@ def pyreft(jobs: list[dict], tmp_path: Path) -> dict[str, torch.Tensor]:
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [str(PYTHON), str(Path(__file__).with_name("pyreft_worker.py")), "jobs.json", "results.safetensors"],
+        [str(PYTHON), str(HELPERS / "pyreft_worker.py"), "jobs.json", "results.safetensors"],
         cwd=tmp_path,
         env={**environment, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -6,8 +6,8 @@ tests/data/pyreft holds them, with the base model they were made with; reference
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
+import paths
 import pytest
 import torch
 from models import weight
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from peft_reft import ReftConfig
 
 
-DATA = Path(__file__).parent / "data" / "pyreft"
+DATA = paths.DATA / "pyreft"
 REFERENCE = json.loads((DATA / "reference.json").read_text())
 CASES = {case["name"]: case for case in REFERENCE["cases"]}
 TOLERANCE = 1e-5

@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from models import VOCAB, build, chat_model, tokenizer
+from paths import HELPERS, REPOSITORY
 from peft import LoraConfig, get_peft_model
 from switching_worker import ANSWERS, PROMPTS
 from transformers import TrainingArguments
@@ -27,7 +28,7 @@ from transformers import TrainingArguments
 from peft_reft import ReftConfig, ReftLayer, explain_positions
 
 
-PAGE = (Path(__file__).parents[1] / "docs" / "switching.md").read_text()
+PAGE = (REPOSITORY / "docs" / "switching.md").read_text()
 PEERS = {"pyreft": os.environ.get("PYREFT_PYTHON"), "adapters": os.environ.get("ADAPTERS_PYTHON")}
 WIDTH, LAYERS = 32, 3  # of the tiny models
 
@@ -168,7 +169,7 @@ def test_the_peers_side(peer, tmp_path):
     (tmp_path / "blocks.json").write_text(json.dumps(sources))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [PEERS[peer], str(Path(__file__).with_name("switching_worker.py")), peer, "blocks.json", "results.json"],
+        [PEERS[peer], str(HELPERS / "switching_worker.py"), peer, "blocks.json", "results.json"],
         env={**environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -267,7 +268,7 @@ def test_from_lora_in_axolotl():
 
 
 def test_links():
-    folder = Path(__file__).parents[1] / "docs"
+    folder = REPOSITORY / "docs"
     for target in re.findall(r"\]\(([\w-]+\.md)", PAGE):
         assert (folder / target).exists(), target
     titles = {

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import HELPERS
 from safetensors.torch import save_file
 
 from peft_reft import last_complete_checkpoint
@@ -20,7 +21,7 @@ from peft_reft import last_complete_checkpoint
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_runs_end_where_others_do(tmp_path):
     """Runs are killed, up to four times each; then every state in which a kill while saving leaves a checkpoint. The worker compares."""
-    worker = Path(__file__).with_name("killed_worker.py")
+    worker = HELPERS / "killed_worker.py"
     run = subprocess.run(
         [sys.executable, str(worker), str(tmp_path), "5"], capture_output=True, text=True, timeout=300
     )

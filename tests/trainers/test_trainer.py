@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers as t
 from models import build, labelled, prompts, randomize, weight
+from paths import HELPERS
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load, load_file
 from torch.utils.data import Dataset
@@ -84,10 +85,13 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(**prompts(9, 4)).logits
 
 
+# Where a script of another process finds this module and what it imports.
+FOLDERS = os.pathsep.join([str(Path(__file__).parent), str(HELPERS)])
+
 RESUME = """
-import sys
+import os, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(os.pathsep)
 import torch
 torch.set_num_threads(1)
 from test_trainer import trainer, wrapped
@@ -115,7 +119,7 @@ def test_a_run_resumed_in_another_process_ends_as_one_that_went_through(tmp_path
     model = wrapped()
     trainer(model, tmp_path / "through").train()
     model.save_pretrained(tmp_path / "through")
-    folders = [str(Path(__file__).parent), str(tmp_path / "again"), str(tmp_path / "through" / "checkpoint-4")]
+    folders = [FOLDERS, str(tmp_path / "again"), str(tmp_path / "through" / "checkpoint-4")]
     script = subprocess.run([sys.executable, "-c", RESUME, *folders], capture_output=True, text=True)
     assert script.returncode == 0, script.stderr[-3000:]
     file = "adapter_model.safetensors"
@@ -274,9 +278,9 @@ def hub():
 
 
 PUSH = """
-import sys
+import os, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(os.pathsep)
 from test_trainer import native, trainer, wrapped
 wrapped().push_to_hub("me/wrapped")
 native().push_to_hub("me/native")
@@ -296,7 +300,7 @@ def test_adapters_arrive_at_a_hub(hub, tmp_path):
         "HF_HUB_OFFLINE": "0",
         "HF_TOKEN": "hf_none",
     }
-    command = [sys.executable, "-c", PUSH, str(Path(__file__).parent), str(tmp_path)]
+    command = [sys.executable, "-c", PUSH, FOLDERS, str(tmp_path)]
     script = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert script.returncode == 0, script.stderr[-3000:]
     assert hub.files.keys() == {"me/wrapped", "me/native", "me/trained"}
