@@ -1,4 +1,4 @@
-"""The real path against the oracle of tests/oracle.py, over random batches: the same logits, gradients and tokens.
+"""The real path against the oracle of tests/helpers/oracle.py, over random batches: the same logits, gradients and tokens.
 
 2,000 cases a run, 100,000 with `--long`. Models are in double precision, so that what differs is an error.
 """

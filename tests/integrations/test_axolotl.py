@@ -241,7 +241,7 @@ def test_edits_of_every_token_are_merged(folder):
     "key, quantized, steps",
     [
         ("load_in_4bit", "Linear4bit", {"max_steps": 8}),
-        # A step of bitsandbytes' 8-bit layers takes a CPU a minute for a whole batch; tests/test_quantized.py trains with them.
+        # A step of bitsandbytes' 8-bit layers takes a CPU a minute for a whole batch; tests/quantized/test_quantized.py trains with them.
         ("load_in_8bit", "Linear8bitLt", {"max_steps": 1, "micro_batch_size": 1}),
     ],
 )
