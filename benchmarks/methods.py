@@ -84,12 +84,11 @@ class Setting:
 def base_model(setting: Setting) -> Any:
     """A Llama with random weights, the same for every method."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, **SIZES[setting.size]}
+    settings: dict[str, Any] = {"vocab_size": VOCABULARY, **SIZES[setting.size]}
+    settings |= {"max_position_embeddings": 4096, "attn_implementation": setting.attention, "use_cache": False}
     if setting.base_layers is not None:
-        sizes["num_hidden_layers"] = setting.base_layers
-    config = transformers.LlamaConfig(
-        **sizes, max_position_embeddings=4096, attn_implementation=setting.attention, use_cache=False
-    )
+        settings["num_hidden_layers"] = setting.base_layers
+    config = transformers.LlamaConfig(**settings)
     if setting.four_bit:
         return _four_bit(config, setting)
     with torch.device(setting.device):

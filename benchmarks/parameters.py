@@ -39,18 +39,17 @@ def _llama(width: int, inner: int, layers: int, heads: int, vocab: int = 32_000,
 
 
 def _roberta(width: int, layers: int, heads: int) -> Any:
-    return t.RobertaForSequenceClassification(
-        t.RobertaConfig(
-            vocab_size=50_265,
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            max_position_embeddings=514,
-            type_vocab_size=1,
-            num_labels=2,
-        )
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": 50_265,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+        "num_labels": 2,
+    }
+    return t.RobertaForSequenceClassification(t.RobertaConfig(**settings))
 
 
 MODELS = {

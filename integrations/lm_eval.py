@@ -20,6 +20,7 @@ from torch import nn
 
 import peft_reft  # noqa: F401 - makes PEFT know ReFT
 from peft_reft.batch import Batch, Rules, locate
+from peft_reft.context import ForwardContext
 from peft_reft.layer import ReftLayer
 
 
@@ -33,7 +34,8 @@ Request = tuple[Any, list[int], list[int]]  # its text, and the tokens of contex
 
 def rules_in_use(model: nn.Module) -> list[Rules]:
     """Those of the ReFT adapters that are switched on and edit some tokens of a prompt."""
-    contexts = {id(module.context): module.context for module in model.modules() if isinstance(module, ReftLayer)}
+    found = [module.context for module in model.modules() if isinstance(module, ReftLayer)]
+    contexts = {id(context): context for context in found if isinstance(context, ForwardContext)}
     return [rules for context in contexts.values() for rules in context.rules_in_use()]
 
 
@@ -73,18 +75,20 @@ def prompt_length(rules: list[Rules], context: list[int]) -> int | None:
 
 @contextmanager
 def told_prompts(model: nn.Module, length: int | None) -> Iterator[None]:
-    """A context in which each forward of a model is told that all its prompts have this length."""
+    """A context in which each forward of a model is told that all its prompts have this length. None: it is told nothing."""
+    if length is None:
+        yield
+        return
 
     def tell(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         ids = args[0] if args else kwargs["input_ids"]
         return args, {**kwargs, "prompt_lengths": torch.full((ids.shape[0],), length, device=ids.device)}
 
-    hook = None if length is None else model.register_forward_pre_hook(tell, with_kwargs=True)
+    hook = model.register_forward_pre_hook(tell, with_kwargs=True)
     try:
         yield
     finally:
-        if hook is not None:
-            hook.remove()
+        hook.remove()
 
 
 def install() -> None:

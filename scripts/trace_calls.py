@@ -103,7 +103,7 @@ def watched() -> Iterator[Calls]:
 def count(layers: int) -> dict[str, Calls]:
     """The calls of each operation, the second time that it runs."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
     base = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers, max_position_embeddings=128))
     config = ReftConfig(task_type="CAUSAL_LM", r=4, positions="f7+l7", init_weights="pyreft")
     model = get_peft_model(base, config)
