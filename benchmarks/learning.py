@@ -1,8 +1,8 @@
 """Does speed cost learning? The same data, start and order, with R kept orthonormal in two ways.
 
-Ours: the parameter itself is orthonormal, and is brought back to it after each step. The other: pyreft's way, torch's Householder
-parametrization (`torch.nn.utils.parametrizations.orthogonal`), whose free parameters the optimizer steps. Both start at the base
-model, from the same R and W.
+Ours: the parameter itself is orthonormal, and is brought back to it after each step. The other: pyreft's way, torch's
+Householder parametrization (`torch.nn.utils.parametrizations.orthogonal`), whose free parameters the optimizer steps.
+Both start at the base model, from the same R and W.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def train(
         way (`str`): `"ours"` or `"householder"`.
         base (`str`): A folder or hub name of a causal language model.
         files (`list[Path]`): Examples, as LLM-Adapters has them.
-        seed, examples, rank, rate, tokens, batch: Of the run: seed, number of examples, r, learning rate, f and l, rows of a batch.
+        seed, examples, rank, rate, tokens, batch: Of the run: seed, number of examples, r, learning rate, f and l,
+            rows of a batch.
 
     Returns:
         `dict`: `losses` of all steps, and how far the rows of R are from orthonormal at the end.

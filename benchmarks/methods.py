@@ -1,7 +1,7 @@
 """Models to measure, and the methods put on them.
 
-Runs in the environments of the peers too, so it imports torch and transformers alone at its head, and keeps to what their versions
-have in common.
+Runs in the environments of the peers too, so it imports torch and transformers alone at its head, and keeps to what
+their versions have in common.
 """
 
 from __future__ import annotations
@@ -185,7 +185,8 @@ class _Sketch(torch.nn.Module):
 
 
 def sketch(setting: Setting) -> Subject:
-    """What the edit itself costs, as plain torch operations: below it, nothing that runs layer by layer in eager mode can be."""
+    """What the edit itself costs, as plain torch operations: below it, nothing that runs layer by layer in eager mode
+    can be."""
     model = base_model(setting).requires_grad_(False)
     model.enable_input_require_grads()
     for index in range(len(model.model.layers)):

@@ -1,10 +1,10 @@
 """How many parameters an adapter has in the paper's own settings, beside the percentages that the paper gives.
 
-This module knows the public sizes of the base models, the settings and the paper's numbers. Models are made on the meta device,
-where they take no memory: what is counted is what `get_peft_model` makes.
+This module knows the public sizes of the base models, the settings and the paper's numbers. Models are made on the
+meta device, where they take no memory: what is counted is what `get_peft_model` makes.
 
-Percentages are of one of two wholes. The paper divides the adapter's parameters by those of the base model; what it takes over of LoRA
-from LLM-Adapters and DoRA is what PEFT prints, a share of base model and adapter together.
+Percentages are of one of two wholes. The paper divides the adapter's parameters by those of the base model; what it
+takes over of LoRA from LLM-Adapters and DoRA is what PEFT prints, a share of base model and adapter together.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A process that holds models and runs them when it is told to: one for each environment.
 
-Reads a command a line from its input, as JSON, and answers with a line. It is started with the interpreter of the environment, and
-imports nothing of this package but what lies beside it, so a peer's environment needs nothing installed.
+Reads a command a line from its input, as JSON, and answers with a line. It is started with the interpreter of the
+environment, and imports nothing of this package but what lies beside it, so a peer's environment needs nothing
+installed.
 """
 
 from __future__ import annotations

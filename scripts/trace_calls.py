@@ -5,13 +5,14 @@
     python scripts/trace_calls.py --layers 4 --pairs 5
     python scripts/trace_calls.py --json outputs/calls.json
 
-A small Llama with random weights has one LoReFT adapter (f7+l7, rank 4) on every layer. Each operation runs once to warm up, and
-once while Python reports every call of a Python function. A call counts when a function of one file under peft_reft/ calls a
-function of another: the calling frame itself stands in peft_reft. Calls that come by way of torch, PEFT or transformers (a module's
-`forward`, a hook) start a road anew, and are in the column "entered". A generator counts once, where it is first asked for an item.
+A small Llama with random weights has one LoReFT adapter (f7+l7, rank 4) on every layer. Each operation runs once to
+warm up, and once while Python reports every call of a Python function. A call counts when a function of one file under
+peft_reft/ calls a function of another: the calling frame itself stands in peft_reft. Calls that come by way of torch,
+PEFT or transformers (a module's `forward`, a hook) start a road anew, and are in the column "entered". A generator
+counts once, where it is first asked for an item.
 
-A "training forward" follows an optimizer step, as in training, so it also makes the stepped bases orthonormal again; "forward again"
-follows another forward.
+A "training forward" follows an optimizer step, as in training, so it also makes the stepped bases orthonormal again;
+"forward again" follows another forward.
 
 Files are told by their paths, so the script counts any layout of the package.
 """

@@ -1,4 +1,5 @@
-"""The table of `python -m benchmarks accuracy`, from runs written here by hand. The runs themselves are the commands of examples/, tested as such."""
+"""The table of `python -m benchmarks accuracy`, from runs written here by hand. The runs themselves are the commands
+of examples/, tested as such."""
 
 from __future__ import annotations
 

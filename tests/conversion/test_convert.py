@@ -1,8 +1,8 @@
 """Checkpoints of pyreft and of the adapters library, in and out.
 
 tests/data/conversion holds checkpoints that the real libraries made, with the logits and tokens that they computed;
-make_pyreft.py and make_adapters.py there say how. test_convert_refused.py has what is refused, and test_convert_peers.py runs pyreft
-itself.
+make_pyreft.py and make_adapters.py there say how. test_convert_refused.py has what is refused, and
+test_convert_peers.py runs pyreft itself.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CONVERTIBLE = [name for name in ADAPTERS if name != "head.flex"]
 BASE = str(BASES["llama"])
 
 
-# -- in ------------------------------------------------------------------------------------------------------------------
+# -- in ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PYREFT)
@@ -167,7 +167,7 @@ def test_weights_of_16_bits_become_float32(tmp_path):
     assert torch.equal(tensors["base_model.model.model.layers.1.reft_W"][0], state["weight"].float())
 
 
-# -- out -----------------------------------------------------------------------------------------------------------------
+# -- out --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PYREFT)
@@ -241,7 +241,7 @@ def test_paths_and_components():
     assert Place.parse("layer_12_comp_block_output_unit_pos_nunit_1#1") == Place("block_output", 12, turn=1)
 
 
-# -- the command ---------------------------------------------------------------------------------------------------------
+# -- the command ------------------------------------------------------------------------------------------------------
 
 
 def test_the_command(tmp_path):

@@ -1,4 +1,5 @@
-"""What conversion refuses: files that could run code, places and settings that would have to be guessed, weights that make no sense."""
+"""What conversion refuses: files that could run code, places and settings that would have to be guessed, weights that
+make no sense."""
 
 from __future__ import annotations
 
@@ -179,7 +180,8 @@ def test_interventions_in_another_order_are_refused(tmp_path):
 
 
 def test_an_R_that_weight_decay_has_made_0(tmp_path):
-    """torch reads signs off the diagonal of what is decayed, as whole numbers: pyreft's R is 0 after one decayed step."""
+    """torch reads signs off the diagonal of what is decayed, as whole numbers: pyreft's R is 0 after one decayed
+    step."""
     folder = copy_of("consreft.tied", tmp_path)
     state = torch.load(folder / KEY, weights_only=True)
     state["rotate_layer.parametrizations.weight.original"] *= 1 - 1e-4

@@ -1,6 +1,7 @@
 """Two processes over gloo, by accelerate's configs in examples/distributed, end where one process does.
 
-accelerate reads the config as for GPUs; distributed_worker.py puts the processes on CPUs. Each launch is several trainings.
+accelerate reads the config as for GPUs; distributed_worker.py puts the processes on CPUs. Each launch is several
+trainings.
 """
 
 from __future__ import annotations
@@ -148,7 +149,8 @@ def check_saved(folder: Path) -> dict[str, torch.Tensor]:
 def test_two_processes_end_where_one_does(config, base, alone, tmp_path):
     if config.startswith("zero") and find_spec("deepspeed") is None:
         pytest.skip("needs deepspeed")
-    # transformers 5.16 does not resume processes on CPUs: with LoRA it stops with "don't know how to restore data location".
+    # transformers 5.16 does not resume processes on CPUs: with LoRA it stops with "don't know how to restore data
+    # location".
     resumes = Version(transformers.__version__) >= Version("5.23")
     launches = {name: run for name, run in LAUNCHES[config].items() if resumes or "resume" not in run[1]}
     trainings = []

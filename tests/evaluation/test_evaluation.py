@@ -1,4 +1,5 @@
-"""`peft-reft prepare` and `peft-reft evaluate` with tiny models: the same answers in any batch, and the base left as it was."""
+"""`peft-reft prepare` and `peft-reft evaluate` with tiny models: the same answers in any batch, and the base left as
+it was."""
 
 from __future__ import annotations
 
@@ -230,8 +231,9 @@ def test_classifiers(classifiers):
     found = []
     for size in (1, 8):
         out = classifiers / "glue.json"
-        run("evaluate", "sst2", "--base", classifiers / "encoder", "--adapter", classifiers / "lora_cls", "--adapter",
-            classifiers / "reft_cls", "--data-dir", classifiers, "--out", out, "--outputs", classifiers / "g", "--batch-size", size)  # fmt: skip
+        adapters = ("--adapter", classifiers / "lora_cls", "--adapter", classifiers / "reft_cls")
+        places = ("--data-dir", classifiers, "--out", out, "--outputs", classifiers / "g")
+        run("evaluate", "sst2", "--base", classifiers / "encoder", *adapters, *places, "--batch-size", size)
         report = json.loads(out.read_text())
         found.append([lines(classifiers / "g" / f"sst2.{name}.jsonl") for name in ("lora_cls", "reft_cls")])
         base, *adapters = report["results"]

@@ -18,8 +18,9 @@ ALPACA = (
     "### Instruction:\nAdd 1 and 2.\n\n### Response:\n"
 )
 ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. Write a response that "
-    "appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n"
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n"
 )
 COMMONSENSE = {"instruction": "Is it so?\n\nAnswer format: true/false", "input": "", "output": "x", "answer": "true"}
 PROBLEM = {"instruction": "Add 1 and 2.", "input": "", "output": "\nA: 1 + 2 = 3. The answer is 3.", "answer": "3.0"}
@@ -116,10 +117,15 @@ def test_names():
 
 
 GLUE_FIELDS = {
-    "cola": ("sentence",), "sst2": ("sentence",), "mnli": ("premise", "hypothesis"), "mrpc": ("sentence1", "sentence2"),
-    "qnli": ("question", "sentence"), "qqp": ("question1", "question2"), "rte": ("sentence1", "sentence2"),
+    "cola": ("sentence",),
+    "sst2": ("sentence",),
+    "mnli": ("premise", "hypothesis"),
+    "mrpc": ("sentence1", "sentence2"),
+    "qnli": ("question", "sentence"),
+    "qqp": ("question1", "question2"),
+    "rte": ("sentence1", "sentence2"),
     "stsb": ("sentence1", "sentence2"),
-}  # fmt: skip
+}
 
 
 def test_glue():

@@ -1,4 +1,5 @@
-"""The recipes in examples/: their settings against the paper's numbers, written here by hand; the README's commands; the GLUE script.
+"""The recipes in examples/: their settings against the paper's numbers, written here by hand; the README's commands;
+the GLUE script.
 
 The paper is arXiv 2404.03592, whose tables count parameters as a share of the base model's, a classifier's apart.
 """
@@ -55,7 +56,7 @@ def reft_config(cfg) -> ReftConfig:
     return reft_config(cfg, "CAUSAL_LM")
 
 
-# -- the settings of the paper -----------------------------------------------------------------------------------------
+# -- the settings of the paper ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=name)
@@ -191,7 +192,7 @@ def test_axolotl_trains_on_the_prompt_that_evaluate_gives(path):
     assert made["labels"] == [*[-100] * len(prompt), *answer, tokens.eos_token_id]
 
 
-# -- the commands of the README ----------------------------------------------------------------------------------------
+# -- the commands of the README ---------------------------------------------------------------------------------------
 
 
 def commands() -> list[list[str]]:
@@ -239,7 +240,7 @@ def test_tasks_of_the_readme_are_known():
             assert find_tasks(names)
 
 
-# -- GLUE's script -----------------------------------------------------------------------------------------------------
+# -- GLUE's script ----------------------------------------------------------------------------------------------------
 
 
 def script() -> dict:

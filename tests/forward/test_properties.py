@@ -1,4 +1,5 @@
-"""The real path against the oracle of tests/helpers/oracle.py, over random batches: the same logits, gradients and tokens.
+"""The real path against the oracle of tests/helpers/oracle.py, over random batches: the same logits, gradients and
+tokens.
 
 2,000 cases a run, 100,000 with `--long`. Models are in double precision, so that what differs is an error.
 """
@@ -28,8 +29,8 @@ LAYOUTS = ["left", "right", "position_ids", "cu_seq_lens", "numbered"]
 TOLD = ["nothing", "lengths", "labels", "template", "mask"]
 SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None, "print_blob": True}
 SEEDS = st.integers(0, 999)
-# Of the sixteen digits, a random model may lose many where it normalizes a state near zero: of 60,000 cases, one was off by 5e-8.
-# A wrong token changes the first ones.
+# Of the sixteen digits, a random model may lose many where it normalizes a state near zero: of 60,000 cases, one was
+# off by 5e-8. A wrong token changes the first ones.
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
 
 
@@ -183,7 +184,8 @@ def backward(logits: list[torch.Tensor]) -> None:
 
 
 def adapted(name: str, config: ReftConfig, seed: int) -> PeftModel:
-    """The real path's model with an adapter of random weights, the same for a seed, so that a failure happens again."""
+    """The real path's model with an adapter of random weights, the same for a seed, so that a failure happens
+    again."""
     model = base(name, "real")
     torch.manual_seed(seed)
     model = get_peft_model(model, config).double().eval()

@@ -34,7 +34,7 @@ def adapted(name: str = "llama", **settings) -> PeftModel:
     return model
 
 
-# -- no waiting for a device -------------------------------------------------------------------------------------------
+# -- no waiting for a device ------------------------------------------------------------------------------------------
 
 
 class Noted(Checks):
@@ -136,7 +136,7 @@ def test_masks_that_number_only_later_are_refused_on_a_gpu_and_those_that_do_fro
     early(**numbered)
 
 
-# -- nothing in decode steps -------------------------------------------------------------------------------------------
+# -- nothing in decode steps ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("positions, calls", [("f2+l3", 3), ("all", 3 * 5)])
@@ -212,7 +212,7 @@ def test_a_forward_between_two_generations_is_no_decode_step():
     assert torch.equal(model(**batch).logits, before)
 
 
-# -- weights that are prepared once ------------------------------------------------------------------------------------
+# -- weights that are prepared once -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -317,7 +317,7 @@ def test_a_bfloat16_base_is_edited_in_bfloat16_when_nothing_is_trained():
     assert weight(blocks(model)[0], "R").dtype == torch.float32
 
 
-# -- the graph ---------------------------------------------------------------------------------------------------------
+# -- the graph --------------------------------------------------------------------------------------------------------
 
 
 def nodes(output: torch.Tensor) -> list[str]:
@@ -393,7 +393,7 @@ def test_gradients_that_are_asked_for_below_the_first_edited_layer_are_given():
     assert embeds.grad is not None and embeds.grad.abs().sum() > 0
 
 
-# -- gradients and bases -----------------------------------------------------------------------------------------------
+# -- gradients and bases ----------------------------------------------------------------------------------------------
 
 
 def selection(groups: int) -> Selection:
@@ -506,7 +506,7 @@ def test_a_thousand_steps_at_a_large_learning_rate(fused, tmp_path):
         assert torch.equal(weight(again, "R"), R)
 
 
-# -- the benchmarks ----------------------------------------------------------------------------------------------------
+# -- the benchmarks ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -62,7 +62,8 @@ def train(
 
 
 def on_cpus() -> None:
-    """Let accelerate treat processes on CPUs as it does those on GPUs: for CPUs it offers neither FSDP nor DeepSpeed."""
+    """Let accelerate treat processes on CPUs as it does those on GPUs: for CPUs it offers neither FSDP nor
+    DeepSpeed."""
     PartialState._prepare_backend = lambda self, *_, **__: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
 

@@ -84,8 +84,8 @@ def resume(folder: Path) -> None:
 
 
 def killed(reference: Path, folder: Path, seconds: float, chance: random.Random) -> tuple[int, int]:
-    """Kill a run four times, at any moment or while it saves, and let it finish. Returns how often it was killed, and how many
-    checkpoints were passed over."""
+    """Kill a run four times, at any moment or while it saves, and let it finish. Returns how often it was killed, and
+    how many checkpoints were passed over."""
     kills = passed_over = 0
     while not (folder / "done").exists():
         with warnings.catch_warnings(record=True) as caught:
@@ -111,8 +111,8 @@ def killed(reference: Path, folder: Path, seconds: float, chance: random.Random)
 
 
 def half_written(checkpoint: Path) -> Iterator[Callable[[Path], None]]:
-    """The states in which a kill leaves a checkpoint: its files up to one, in the order in which they were written, and a half of
-    that one."""
+    """The states in which a kill leaves a checkpoint: its files up to one, in the order in which they were written,
+    and a half of that one."""
     files = sorted((f for f in checkpoint.rglob("*") if f.is_file()), key=lambda file: file.stat().st_mtime_ns)
     for number, file in enumerate(files):
 
@@ -151,8 +151,8 @@ def main(root: Path) -> None:
         # transformers' own choice is the half-written one.
         code = finish(fork(lambda: train(root / "half", get_last_checkpoint(root / "half"))))
         result["refused"] += code == 1
-    # From the one before it, and from the last, of a run that was killed before it could end: transformers then trains a step more,
-    # with the learning rate that its schedule ends at, 0.
+    # From the one before it, and from the last, of a run that was killed before it could end: transformers then trains
+    # a step more, with the learning rate that its schedule ends at, 0.
     for step in (3, STEPS):
         folder = root / f"from-{step}"
         shutil.copytree(reference / f"checkpoint-{step}", folder / f"checkpoint-{step}")
@@ -164,7 +164,8 @@ def main(root: Path) -> None:
 if __name__ == "__main__":
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    # What every run would do again: the rules by which transformers renames weights, and looking through all of these objects.
+    # What every run would do again: the rules by which transformers renames weights, and looking through all of these
+    # objects.
     get_peft_model(build("llama"), ReftConfig(r=4))
     gc.freeze()
     main(Path(sys.argv[1]))

@@ -206,7 +206,8 @@ CHAT_VOCAB = 384
 
 
 def tokenizer(kind: str = "byte level") -> t.PreTrainedTokenizerFast:
-    """A small tokenizer that merges as large ones do, across words and line ends: byte level, or as SentencePiece has it."""
+    """A small tokenizer that merges as large ones do, across words and line ends: byte level, or as SentencePiece has
+    it."""
     specials = ["<pad>", "<s>", "<|im_end|>", "<|im_start|>"]
     tokens = tk.Tokenizer(tk.models.BPE())
     if kind == "byte level":

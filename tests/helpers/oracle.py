@@ -1,7 +1,7 @@
 """A slow and obvious ReFT: one sequence at a time, one token at a time, in plain Python.
 
-It shares nothing with peft_reft but the names of the edits and the layout of their weights, which it is handed as plain
-tensors. What is a prompt it reads off lists with loops; the edits it writes out one by one.
+It shares nothing with peft_reft but the names of the edits and the layout of their weights, which it is handed as
+plain tensors. What is a prompt it reads off lists with loops; the edits it writes out one by one.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Sequence:
 
 @dataclass
 class Rule:
-    """How tokens are chosen. `told` is what says it: nothing, lengths, labels, template or mask. `packed`: several sequences
-    stand in one row."""
+    """How tokens are chosen. `told` is what says it: nothing, lengths, labels, template or mask. `packed`: several
+    sequences stand in one row."""
 
     first: int
     last: int

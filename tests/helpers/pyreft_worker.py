@@ -2,10 +2,11 @@
 
     python tests/helpers/pyreft_worker.py jobs.json results.safetensors
 
-jobs.json: a list of {"case": as in cases.json, "folder": a checkpoint, "by": "state" or "load"}. By "state", its weights are put into a
-model made like the case, as `load_intervention` does; by "load", pyreft's own `ReftModel.load` makes all of it, on a base in bfloat16.
-A job {"tables": true} gives the modules that pyvene's components of a layer lie in, as `tables.json` beside the results, and a job
-{"locations": [[positions, share_weights, length], ...]} pyreft's lists for two interventions in a prompt, as `locations.json`.
+jobs.json: a list of {"case": as in cases.json, "folder": a checkpoint, "by": "state" or "load"}. By "state", its
+weights are put into a model made like the case, as `load_intervention` does; by "load", pyreft's own `ReftModel.load`
+makes all of it, on a base in bfloat16. A job {"tables": true} gives the modules that pyvene's components of a layer
+lie in, as `tables.json` beside the results, and a job {"locations": [[positions, share_weights, length], ...]}
+pyreft's lists for two interventions in a prompt, as `locations.json`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Tiny quantized Llamas, one for each library and kind that runs on a CPU, made on the spot.
 
-Loading is transformers' own wherever it can be. Checkpoints that come quantized are written here, by rounding to nearest.
+Loading is transformers' own wherever it can be. Checkpoints that come quantized are written here, by rounding to
+nearest.
 """
 
 from __future__ import annotations

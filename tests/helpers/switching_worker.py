@@ -1,9 +1,10 @@
-"""A peer's code blocks of docs/switching.md, run in that peer's own environment. Called by tests/peers/test_switching.py.
+"""A peer's code blocks of docs/switching.md, run in that peer's own environment. Called by
+tests/peers/test_switching.py.
 
     python tests/helpers/switching_worker.py pyreft|adapters blocks.json results.json
 
-blocks.json: the code blocks, a list of texts. results.json: numbers of trained parameters, names that the page has to explain,
-and what the page says of the peer's behaviour, measured.
+blocks.json: the code blocks, a list of texts. results.json: numbers of trained parameters, names that the page has to
+explain, and what the page says of the peer's behaviour, measured.
 """
 
 from __future__ import annotations

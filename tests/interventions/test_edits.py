@@ -137,7 +137,7 @@ def test_dropout_is_on_the_edited_state_and_in_training_only():
     torch.testing.assert_close(dropped[:, :4][~zero], 2 * plain[:, :4][~zero])
 
 
-# -- the basis ---------------------------------------------------------------------------------------------------------
+# -- the basis --------------------------------------------------------------------------------------------------------
 
 
 def polar(A: torch.Tensor) -> torch.Tensor:

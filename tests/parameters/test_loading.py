@@ -1,4 +1,5 @@
-"""Adapter files that are cut off, changed, of something else or that hold no numbers are refused, and change nothing."""
+"""Adapter files that are cut off, changed, of something else or that hold no numbers are refused, and change
+nothing."""
 
 from __future__ import annotations
 
@@ -115,7 +116,9 @@ TENSORS = {
 # Wrong with the whole.
 WHOLES = {
     "a layer more": (
-        lambda tensors: tensors.update({f"{LAYER}{x}".replace("1", "3"): tensors[f"{LAYER}{x}"].clone() for x in "RWb"}),
+        lambda tensors: tensors.update(
+            {f"{LAYER}{x}".replace("1", "3"): tensors[f"{LAYER}{x}"].clone() for x in "RWb"}
+        ),
         r"no tensor '.*layers.3.reft_.*unload\(\)",
     ),
     "a layer less": (
@@ -368,7 +371,7 @@ def test_an_adapter_of_a_deeper_or_a_flatter_model(saved, tmp_path):
         PeftModel.from_pretrained(build("llama"), tmp_path)
 
 
-# -- what still loads ----------------------------------------------------------------------------------------------------
+# -- what still loads -------------------------------------------------------------------------------------------------
 
 
 def test_state_dicts_of_whole_and_partial_models():
@@ -417,7 +420,7 @@ def test_parameters_put_in_place_without_a_state_dict(adapter):
         base.generate(**BATCH, max_new_tokens=2)
 
 
-# -- code ----------------------------------------------------------------------------------------------------------------
+# -- code -------------------------------------------------------------------------------------------------------------
 
 
 class Malicious:

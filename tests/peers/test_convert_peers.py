@@ -1,5 +1,5 @@
-"""The real pyreft, with checkpoints that were converted here. PYREFT_PYTHON names the interpreter of an environment that has
-pyreft==0.1.0, pyvene==0.1.8 and transformers==4.45.1; without it these tests are skipped, and say so."""
+"""The real pyreft, with checkpoints that were converted here. PYREFT_PYTHON names the interpreter of an environment
+that has pyreft==0.1.0, pyvene==0.1.8 and transformers==4.45.1; without it these tests are skipped, and say so."""
 
 from __future__ import annotations
 
@@ -91,11 +91,18 @@ def test_adapters_trained_here_give_the_same_in_pyreft(act_fn, tmp_path):
             model.save_pretrained(folder)
             export_pyreft(folder, tmp_path / "out" / folder.name)
             ours.append((logits_of(model, "llama"), [tokens_of(model, "llama", row) for row in range(2)]))
+            layers = [0, 2] if tied else [0, 2, 0, 2]
             case = {
-                "name": "x", "base": "llama", "intervention": edit.title(), "share_weights": tied, "positions": "f3+l3",
-                "act_fn": act_fn, "add_bias": False, "head": [],
-                "places": [{"layer": layer, "component": "block_output"} for layer in ([0, 2] if tied else [0, 2, 0, 2])],
-            }  # fmt: skip
+                "name": "x",
+                "base": "llama",
+                "intervention": edit.title(),
+                "share_weights": tied,
+                "positions": "f3+l3",
+                "act_fn": act_fn,
+                "add_bias": False,
+                "head": [],
+                "places": [{"layer": layer, "component": "block_output"} for layer in layers],
+            }
             jobs.append({"case": case, "folder": str(tmp_path / "out" / folder.name), "by": "state"})
     results = pyreft(jobs, tmp_path)
     for index, (logits, tokens) in enumerate(ours):
@@ -105,7 +112,8 @@ def test_adapters_trained_here_give_the_same_in_pyreft(act_fn, tmp_path):
 
 
 def test_pyrefts_own_load_takes_both_alike(tmp_path):
-    """`ReftModel.load` on a base in bfloat16, which is how it makes W and b: of the file of pyreft's and of the one from here, the same."""
+    """`ReftModel.load` on a base in bfloat16, which is how it makes W and b: of the file of pyreft's and of the one
+    from here, the same."""
     jobs = []
     for name in LOADABLE:
         from_pyreft(PYREFT[name], tmp_path / "adapters" / name)
@@ -118,7 +126,8 @@ def test_pyrefts_own_load_takes_both_alike(tmp_path):
 
 
 def test_positions_are_those_of_pyrefts_lists(tmp_path):
-    """The same tokens, but on prompts of fewer than 2 · max(first, last) where there are not as many first as last ones."""
+    """The same tokens, but on prompts of fewer than 2 · max(first, last) where there are not as many first as last
+    ones."""
     asked = [
         (positions, tied, length)
         for positions in ("f7+l7", "f3+l3", "f1+l1", "f2+l5", "f5+l2", "f3", "l4", "l1")

@@ -1,8 +1,8 @@
 """docs/switching.md: what it shows is run, on tiny models, and what it lists is complete.
 
-A code block says behind its language what it is: `python` alone is ours; `python pyreft` and `python adapters` are the peers', run
-in environments of their own; of `diff python` and `diff yaml` both sides are run, or read. The blocks of a section share their names, and
-the names that the page takes as given are made anew for each block.
+A code block says behind its language what it is: `python` alone is ours; `python pyreft` and `python adapters` are the
+peers', run in environments of their own; of `diff python` and `diff yaml` both sides are run, or read. The blocks of a
+section share their names, and the names that the page takes as given are made anew for each block.
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ def test_from_adapters():
 
 @pytest.mark.parametrize("peer", PEERS)
 def test_the_peers_side(peer, tmp_path):
-    """It is real code, trains as many parameters as ours, behaves as the page says, and nothing that it has is left out."""
+    """It is real code, trains as many parameters as ours, behaves as the page says, and nothing that it has is left
+    out."""
     title, expected = {
         "pyreft": ("From pyreft", FROM_PYREFT),
         "adapters": ("From the adapters library", FROM_ADAPTERS),

@@ -47,7 +47,8 @@ def axolotl_multipack() -> Callable:
     )
 
     def with_positions(rows: list[dict]) -> dict:
-        # what axolotl's datasets have; its trainer drops attention_mask where the attention tells sequences by positions
+        # what axolotl's datasets have; its trainer drops attention_mask where the attention tells sequences by
+        # positions
         lengths = [len(row["input_ids"]) for row in rows]
         columns = [{"position_ids": list(range(n)), "attention_mask": [1] * n} for n in lengths]
         rows = [{**row, **more} for row, more in zip(rows, columns)]

@@ -163,7 +163,8 @@ def test_weights_of_edits_are_taken_back_when_a_whole_model_is_offloaded(place, 
 
 
 def test_hooks_of_the_base_are_not_taken_for_hooks_of_the_edits(load):
-    """accelerate would call the block's own forward in place of the edited block's, or take off a hook that isn't there."""
+    """accelerate would call the block's own forward in place of the edited block's, or take off a hook that isn't
+    there."""
     model = get_peft_model(load("one block on disk"), config())
     randomize(model)
     expected = logits(model)

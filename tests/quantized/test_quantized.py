@@ -48,8 +48,9 @@ def gguf(smollm2: str, gguf: tuple[str, str]) -> torch.nn.Module:
 def packed_gguf(smollm2: str, gguf: tuple[str, str]) -> torch.nn.Module:
     """The file's own blocks in transformers' own packed layers.
 
-    Two things stand in for what can't be had here: transformers 5.23 keeps blocks packed for the architectures Qwen 3.5 and
-    LFM2 alone, so the layers are put in by hand; and it takes its product of packed blocks with a few rows from the hub.
+    Two things stand in for what can't be had here: transformers 5.23 keeps blocks packed for the architectures Qwen
+    3.5 and LFM2 alone, so the layers are put in by hand; and it takes its product of packed blocks with a few rows
+    from the hub.
     """
     kernels = pytest.importorskip(
         "transformers.integrations.gguf.kernels",
@@ -127,7 +128,8 @@ def test_train_save_load_and_generate(kind, smollm2, smollm2_gguf, tmp_path):
     batch["labels"] = batch["input_ids"].clone()
     batch["labels"][:, : prompt.shape[1]] = -100
 
-    # In evaluation mode bitsandbytes repacks 4-bit weights for CPUs with AVX512-BF16, and gives no gradient from then on.
+    # In evaluation mode bitsandbytes repacks 4-bit weights for CPUs with AVX512-BF16, and gives no gradient from then
+    # on.
     base.train()
     with torch.no_grad():
         plain = base(**batch).logits

@@ -1,4 +1,5 @@
-"""Quantized bases of every kind that runs on a CPU, on a tiny Llama: train, save, load, generate, and edit the layers themselves."""
+"""Quantized bases of every kind that runs on a CPU, on a tiny Llama: train, save, load, generate, and edit the layers
+themselves."""
 
 from __future__ import annotations
 
@@ -88,7 +89,8 @@ def test_train_save_load_and_generate(kind, edited, tmp_path):
     assert torch.equal(logits(loaded.unload()), before)
 
 
-# How far the largest weight of a group is from the next number of the kind, as a part of it. Others can't be merged into.
+# How far the largest weight of a group is from the next number of the kind, as a part of it. Others can't be merged
+# into.
 STEPS = {
     "torchao int8": 1 / 127,
     "torchao int4": 1 / 7,

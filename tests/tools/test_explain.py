@@ -143,7 +143,7 @@ def test_what_can_not_be_explained():
         explain_positions(ReftConfig(), tokenizer(), {"input_ids": [[5, 6]], "labels": [[5, 6]]})
 
 
-# -- the console command -----------------------------------------------------------------------------------------------
+# -- the console command ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from peft_reft import last_complete_checkpoint
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_runs_end_where_others_do(tmp_path):
-    """Runs are killed, up to four times each; then every state in which a kill while saving leaves a checkpoint. The worker compares."""
+    """Runs are killed, up to four times each; then every state in which a kill while saving leaves a checkpoint. The
+    worker compares."""
     worker = HELPERS / "killed_worker.py"
     run = subprocess.run(
         [sys.executable, str(worker), str(tmp_path), "5"], capture_output=True, text=True, timeout=300

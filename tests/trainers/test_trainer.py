@@ -212,7 +212,7 @@ def test_evaluation_knows_the_labels(tmp_path):
     assert alone.predictions is None and alone.metrics["test_loss"] == predicted.metrics["test_loss"]
 
 
-# -- a hub -------------------------------------------------------------------------------------------------------------
+# -- a hub ------------------------------------------------------------------------------------------------------------
 
 
 class Hub(BaseHTTPRequestHandler):

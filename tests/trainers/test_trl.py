@@ -1,4 +1,5 @@
-"""TRL's trainers with `peft_config=ReftConfig(...)` where one would pass a LoraConfig: which tokens each of their forwards edits.
+"""TRL's trainers with `peft_config=ReftConfig(...)` where one would pass a LoraConfig: which tokens each of their
+forwards edits.
 
 The edited tokens are seen from outside, as the difference that the wrapper makes to the first block's output.
 """
@@ -141,7 +142,7 @@ def pairs_of_answers() -> Any:
     )
 
 
-# -- supervised --------------------------------------------------------------------------------------------------------
+# -- supervised -------------------------------------------------------------------------------------------------------
 
 
 def sft(tmp_path, data, reft: ReftConfig, **settings) -> Any:
@@ -210,7 +211,7 @@ def test_sft_in_which_labels_do_not_reach_the_model(tmp_path):
     train(sft(tmp_path, conversations(), reft, **settings)).check(f1_l2)
 
 
-# -- preferences -------------------------------------------------------------------------------------------------------
+# -- preferences ------------------------------------------------------------------------------------------------------
 
 
 def dpo(tmp_path, reft: ReftConfig, **settings) -> Any:
@@ -326,7 +327,7 @@ def test_the_collator_on_packed_rows_and_its_own_attributes():
     assert collator([])["prompt_lengths"].tolist() == [2, 1, 3]
 
 
-# -- rewards -----------------------------------------------------------------------------------------------------------
+# -- rewards ----------------------------------------------------------------------------------------------------------
 
 
 def test_reward_model(tmp_path):

@@ -1,4 +1,5 @@
-"""transformers' own ways to adapters: add_adapter, load_adapter, from_pretrained and pipelines on their directories, casts."""
+"""transformers' own ways to adapters: add_adapter, load_adapter, from_pretrained and pipelines on their directories,
+casts."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ from peft_reft import ReftConfig, ReftLayer
 BATCH = prompts(9, 4, side="left")
 OPTIONS = {"max_new_tokens": 6, "do_sample": False}
 KINDS = [*DECODERS, *ENCODERS, *SEQ2SEQ, *VISION, *TASKS]
-# transformers 5.16 does not put the weights of modules_to_save and trainable_token_indices in their place, of any adapter.
+# transformers 5.16 does not put the weights of modules_to_save and trainable_token_indices in their place, of any
+# adapter.
 LOADS_HEADS = "AuxiliaryTrainingWrapper" in inspect.getsource(PeftAdapterMixin.load_adapter)
 
 
@@ -95,7 +97,7 @@ def trainable(model: torch.nn.Module) -> set[str]:
     return {n.removeprefix("base_model.model.") for n, p in model.named_parameters() if p.requires_grad}
 
 
-# -- adding and loading ------------------------------------------------------------------------------------------------
+# -- adding and loading -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
@@ -226,7 +228,7 @@ def test_hotswapping_is_refused_by_transformers_for_all_but_lora(tmp_path):
     assert torch.equal(output(loaded), output(model))
 
 
-# -- directories -------------------------------------------------------------------------------------------------------
+# -- directories ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -336,7 +338,7 @@ def test_auto_classes_of_peft_load_the_edits_and_the_head(name, tmp_path):
     assert torch.equal(output(loaded, name), output(model, name))
 
 
-# -- casts, copies -----------------------------------------------------------------------------------------------------
+# -- casts, copies ----------------------------------------------------------------------------------------------------
 
 
 def orthonormal(model: torch.nn.Module, dtype: torch.dtype) -> bool:
@@ -417,7 +419,8 @@ def test_a_state_dict_goes_into_another_model(assign):
 
 
 def test_copies_of_a_model_with_an_added_adapter(tmp_path):
-    # GPT-2, for with the package `kernels` transformers 5.16 makes a Llama that can't be pickled, with or without ReFT.
+    # GPT-2, for with the package `kernels` transformers 5.16 makes a Llama that can't be pickled, with or without
+    # ReFT.
     model = native("gpt2")
     expected, tokens = output(model), generated(model)
     torch.save(model, tmp_path / "model.pt")

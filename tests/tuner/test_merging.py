@@ -1,4 +1,5 @@
-"""Merging edits of every token into linear layers: exact, and taken back; everything else is refused before it is begun."""
+"""Merging edits of every token into linear layers: exact, and taken back; everything else is refused before it is
+begun."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def edited(model: PeftModel, batch: dict, layer: int = 1, states: str = "hidden_
     return [row.nonzero().flatten().tolist() for row in changed]
 
 
-# -- classes, spans and features ---------------------------------------------------------------------------------------
+# -- classes, spans and features --------------------------------------------------------------------------------------
 
 LABELS = {
     "SEQ_CLS": {"labels": torch.tensor([0, 2])},
@@ -70,7 +70,7 @@ def test_a_head_is_trained_and_saved_with_the_edits(name, task, tmp_path):
         assert torch.equal(again(**batch)[1], model(**batch)[1])
 
 
-# -- encoder and decoder -----------------------------------------------------------------------------------------------
+# -- encoder and decoder ----------------------------------------------------------------------------------------------
 
 
 def adapted(name: str, **settings) -> PeftModel:
@@ -176,7 +176,7 @@ def test_a_decoder_of_speech():
         adapted("whisper", positions="f1", task_type=None)(**sound, labels=answer)
 
 
-# -- images ------------------------------------------------------------------------------------------------------------
+# -- images -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target_modules", [None, r"model\.language_model\.layers\.[0-9]+"])
