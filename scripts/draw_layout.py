@@ -62,18 +62,20 @@ PURPOSES = {
 ROAD = (
     ("batch", "ids, mask, labels", ""),
     ("Selection", "which tokens", "positions"),
-    ("plan", "rows and weights of each layer", "forward"),
+    ("plan", "rows, prepared weights", "forward"),
     ("gather", "h of those rows", "interventions"),
     ("coefficients", "act(Wh + b) − Rh", "interventions"),
     ("add back", "h + Rᵀ · coefficients", "interventions"),
 )
 
-WIDTH, HEIGHT = 960, 800
+WIDTH, HEIGHT = 960, 826
 INK, QUIET, LINE = "#1f2933", "#52606d", "#7b8794"
 COLOURS = {"above": "#eef2f7", "tuner": "#f6f8fa", "inner": "#ffffff", "tensors": "#e6f4ea", "road": "#fff7e0"}
 
 
-def text(x: float, y: float, words: str, size: int = 13, weight: int = 400, colour: str = INK, anchor: str = "start") -> str:
+def text(
+    x: float, y: float, words: str, size: int = 13, weight: int = 400, colour: str = INK, anchor: str = "start"
+) -> str:
     """A line of text, its baseline at y."""
     return (
         f'<text x="{x:g}" y="{y:g}" font-size="{size}" font-weight="{weight}" fill="{colour}" text-anchor="{anchor}">'
@@ -129,38 +131,38 @@ def folders() -> list[str]:
         drawn += folder(name, x, 112, 300, 112, COLOURS["above"])
         drawn += [arrow((x + 150, 86), (x + 150, 110)), arrow((x + 150, 224), (x + 150, 248))]
     # the tuner
-    drawn += [box(20, 250, 920, 372, COLOURS["tuner"]), text(32, 272, "tuner/", 15, 700)]
-    drawn += [text(86, 272, "could be src/peft/tuners/reft as it stands: imports nothing of peft_reft outside itself", 12, 400, QUIET)]
-    drawn += [box(250, 284, 460, 66, COLOURS["inner"]), text(262, 305, PURPOSES["tuner"], 12, 400, QUIET)]
-    drawn += [text(262, 323 + 16 * i, line, 12) for i, line in enumerate(lines_of(FOLDERS["tuner"], 436, 12))]
-    drawn += folder("tuner/forward", 36, 384, 430, 96, COLOURS["inner"])
-    drawn += folder("tuner/parameters", 494, 384, 430, 96, COLOURS["inner"])
-    drawn += folder("tuner/positions", 36, 512, 430, 96, COLOURS["tensors"])
-    drawn += folder("tuner/interventions", 494, 512, 430, 96, COLOURS["tensors"])
+    drawn += [box(20, 250, 920, 404, COLOURS["tuner"]), text(32, 273, "tuner/", 15, 700)]
+    closed = "could be src/peft/tuners/reft as it stands: imports nothing of peft_reft outside itself"
+    drawn += [text(90, 273, closed, 12, 400, QUIET)]
+    drawn += [box(36, 286, 888, 56, COLOURS["inner"]), text(48, 308, PURPOSES["tuner"], 12, 400, QUIET)]
+    drawn += [text(48, 329, ", ".join(FOLDERS["tuner"]), 12)]
+    drawn += folder("tuner/forward", 36, 368, 888, 74, COLOURS["inner"])
+    drawn += folder("tuner/positions", 36, 468, 430, 174, COLOURS["tensors"])
+    drawn += folder("tuner/parameters", 494, 468, 430, 74, COLOURS["inner"])
+    drawn += folder("tuner/interventions", 494, 568, 430, 74, COLOURS["tensors"])
     drawn += [
-        arrow((360, 350), (360, 382)),
-        arrow((600, 350), (600, 382)),
-        arrow((466, 432), (492, 432)),
-        arrow((250, 480), (250, 510)),
-        arrow((710, 480), (710, 510)),
+        arrow((480, 342), (480, 366)),
+        arrow((250, 442), (250, 466)),
+        arrow((710, 442), (710, 466)),
+        arrow((710, 542), (710, 566)),
     ]
     return drawn
 
 
 def road() -> list[str]:
     """The lower part: one forward, from left to right."""
-    top, width, gap = 660, 136, 20.8
-    drawn = [text(20, top - 14, "One forward", 15, 700)]
+    top, width, gap = 706, 134, 20
+    drawn = [text(20, top - 20, "One forward", 15, 700)]
     layers = 20 + 3 * (width + gap) - 8
     drawn += [
-        f'<rect x="{layers:g}" y="{top - 8}" width="{3 * width + 2 * gap + 16:g}" height="112" rx="8" fill="none" '
+        f'<rect x="{layers:g}" y="{top - 8}" width="{3 * width + 2 * gap + 16:g}" height="110" rx="8" fill="none" '
         f'stroke="{LINE}" stroke-dasharray="5 4"/>',
         text(layers + 8, top + 96, "in every edited layer: interventions/apply.py, top to bottom", 12, 400, QUIET),
     ]
     for index, (name, what, where) in enumerate(ROAD):
         x = 20 + index * (width + gap)
         drawn += [box(x, top, width, 72, COLOURS["road"]), text(x + width / 2, top + 24, name, 14, 700, INK, "middle")]
-        drawn += [text(x + width / 2, top + 42, line, 11, 400, INK, "middle") for line in [what]]
+        drawn.append(text(x + width / 2, top + 42, what, 11, 400, INK, "middle"))
         if where:
             drawn.append(text(x + width / 2, top + 60, f"{where}/", 11, 400, QUIET, "middle"))
         if index:
