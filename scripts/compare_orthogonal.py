@@ -30,7 +30,7 @@ class Retracted:
     of all."""
 
     def __init__(self, starts: list[Tensor]) -> None:
-        self.parameters = [nn.Parameter(start.clone()) for start in starts]
+        self.parameters: list[Tensor] = [nn.Parameter(start.clone()) for start in starts]
 
     def read(self) -> list[Tensor]:
         """Every R, with a graph."""

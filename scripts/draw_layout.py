@@ -62,7 +62,7 @@ PURPOSES = {
 ROAD = (
     ("batch", "ids, mask, labels", ""),
     ("Selection", "which tokens", "positions"),
-    ("plan", "rows, prepared weights", "forward"),
+    ("plan", "rows and weights", "forward"),
     ("gather", "h of those rows", "interventions"),
     ("coefficients", "act(Wh + b) − Rh", "interventions"),
     ("add back", "h + Rᵀ · coefficients", "interventions"),
