@@ -1,7 +1,9 @@
-"""Base, LoRA and LoReFT on the paper's kinds of tasks, at a size that a laptop trains: the smol recipes of examples/, by their own commands.
+"""Base, LoRA and LoReFT on the paper's kinds of tasks, at a size that a laptop trains: the smol recipes of examples/,
+by their own commands.
 
-Every run is what a user would type: `peft-reft prepare`, `axolotl train` or `examples/glue/train.py`, `peft-reft evaluate`, each in a process of
-its own. Its results lie in its folder, so a command that was interrupted goes on where it stopped, and several may share the tasks.
+Every run is what a user would type: `peft-reft prepare`, `axolotl train` or `examples/glue/train.py`, `peft-reft
+evaluate`, each in a process of its own. Its results lie in its folder, so a command that was interrupted goes on where
+it stopped, and several may share the tasks.
 """
 
 from __future__ import annotations
@@ -146,8 +148,8 @@ class Runs:
         self._command(command if base else [*command, "--no-base"], folder / "evaluate.log")
 
     def _command(self, command: list[str], log: Path) -> dict[str, Any]:
-        """Run a command. Returns how long it took, by the clock and of the processors, and its peak memory, loading of libraries and
-        model included.
+        """Run a command. Returns how long it took, by the clock and of the processors, and its peak memory, loading of
+        libraries and model included.
 
         Raises:
             RuntimeError: when it fails, naming its log.

@@ -1,8 +1,8 @@
 """Does speed cost learning? The same data, start and order, with R kept orthonormal in two ways.
 
-Ours: the parameter itself is orthonormal, and is brought back to it after each step. The other: pyreft's way, torch's Householder
-parametrization (`torch.nn.utils.parametrizations.orthogonal`), whose free parameters the optimizer steps. Both start at the base
-model, from the same R and W.
+Ours: the parameter itself is orthonormal, and is brought back to it after each step. The other: pyreft's way, torch's
+Householder parametrization (`torch.nn.utils.parametrizations.orthogonal`), whose free parameters the optimizer steps.
+Both start at the base model, from the same R and W.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +29,22 @@ class HouseholderEdit(nn.Module):
         self.block, self.tokens = block, tokens
         self.places: list[list[list[int]]] = []  # for each row: its first tokens, its last
         groups, rank, width = R_GRD.shape
-        self.rotate = nn.ModuleList(nn.Linear(width, rank, bias=False) for _ in range(groups))
-        self.source = nn.ModuleList(nn.Linear(width, rank) for _ in range(groups))
-        for g in range(groups):
-            orthogonal(self.rotate[g], orthogonal_map="householder")
-            self.rotate[g].weight = R_GRD[g].clone()
+        self.rotate = nn.ModuleList()
+        self.source = nn.ModuleList()
+        for R_RD in R_GRD:
+            rotate, source = nn.Linear(width, rank, bias=False), nn.Linear(width, rank)
+            orthogonal(rotate, orthogonal_map="householder")
+            rotate.weight = R_RD.clone()
             with torch.no_grad():
-                self.source[g].weight.copy_(R_GRD[g])
-                self.source[g].bias.zero_()
+                source.weight.copy_(R_RD)
+                source.bias.zero_()
+            self.rotate.append(rotate)
+            self.source.append(source)
+
+    @property
+    def R_GRD(self) -> Tensor:
+        """[G, r, d], as the parametrization makes it of its free parameters."""
+        return torch.stack([cast(Tensor, rotate.weight) for rotate in self.rotate])
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -110,7 +118,8 @@ def train(
         way (`str`): `"ours"` or `"householder"`.
         base (`str`): A folder or hub name of a causal language model.
         files (`list[Path]`): Examples, as LLM-Adapters has them.
-        seed, examples, rank, rate, tokens, batch: Of the run: seed, number of examples, r, learning rate, f and l, rows of a batch.
+        seed, examples, rank, rate, tokens, batch: Of the run: seed, number of examples, r, learning rate, f and l,
+            rows of a batch.
 
     Returns:
         `dict`: `losses` of all steps, and how far the rows of R are from orthonormal at the end.
@@ -120,12 +129,12 @@ def train(
     import peft_reft
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).requires_grad_(False)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).requires_grad_(False)
     torch.manual_seed(seed)
     config = peft_reft.ReftConfig(r=rank, positions=f"f{tokens}+l{tokens}", task_type="CAUSAL_LM")
-    ours = get_peft_model(model, config).train()
+    ours: Any = get_peft_model(model, config).train()
     layers = ours.get_base_model().model.layers
-    edits = []
+    edits: list[HouseholderEdit] = []
     if way == "householder":
         starts = [layer.reft_R["default"].detach().clone() for layer in layers]
         model = ours.unload()
@@ -150,6 +159,6 @@ def train(
         ours.state_dict()  # which sees to it that what is saved is orthonormal
         bases = [layer.reft_R["default"] for layer in layers]
     else:
-        bases = [torch.stack([rotate.weight for rotate in edit.rotate]) for edit in edits]
+        bases = [edit.R_GRD for edit in edits]
     off = max((R @ R.mT - torch.eye(rank)).abs().max().item() for R in bases)
     return {"losses": losses, "off": off, "trained": sum(parameter.numel() for parameter in trained)}

@@ -1,7 +1,7 @@
 """Models to measure, and the methods put on them.
 
-Runs in the environments of the peers too, so it imports torch and transformers alone at its head, and keeps to what their versions
-have in common.
+Runs in the environments of the peers too, so it imports torch and transformers alone at its head, and keeps to what
+their versions have in common.
 """
 
 from __future__ import annotations
@@ -84,12 +84,11 @@ class Setting:
 def base_model(setting: Setting) -> Any:
     """A Llama with random weights, the same for every method."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, **SIZES[setting.size]}
+    settings: dict[str, Any] = {"vocab_size": VOCABULARY, **SIZES[setting.size]}
+    settings |= {"max_position_embeddings": 4096, "attn_implementation": setting.attention, "use_cache": False}
     if setting.base_layers is not None:
-        sizes["num_hidden_layers"] = setting.base_layers
-    config = transformers.LlamaConfig(
-        **sizes, max_position_embeddings=4096, attn_implementation=setting.attention, use_cache=False
-    )
+        settings["num_hidden_layers"] = setting.base_layers
+    config = transformers.LlamaConfig(**settings)
     if setting.four_bit:
         return _four_bit(config, setting)
     with torch.device(setting.device):
@@ -186,7 +185,8 @@ class _Sketch(torch.nn.Module):
 
 
 def sketch(setting: Setting) -> Subject:
-    """What the edit itself costs, as plain torch operations: below it, nothing that runs layer by layer in eager mode can be."""
+    """What the edit itself costs, as plain torch operations: below it, nothing that runs layer by layer in eager mode
+    can be."""
     model = base_model(setting).requires_grad_(False)
     model.enable_input_require_grads()
     for index in range(len(model.model.layers)):

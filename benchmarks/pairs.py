@@ -1,7 +1,8 @@
 """Processes to measure in, and measurements in pairs.
 
-A machine's speed drifts by more than what is to be measured. So the runs of all subjects are interleaved, and what counts is the ratio
-of two that ran one after the other, in the same process; its median, and the quartiles around it, are reported.
+A machine's speed drifts by more than what is to be measured. So the runs of all subjects are interleaved, and what
+counts is the ratio of two that ran one after the other, in the same process; its median, and the quartiles around it,
+are reported.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """How many parameters an adapter has in the paper's own settings, beside the percentages that the paper gives.
 
-This module knows the public sizes of the base models, the settings and the paper's numbers. Models are made on the meta device,
-where they take no memory: what is counted is what `get_peft_model` makes.
+This module knows the public sizes of the base models, the settings and the paper's numbers. Models are made on the
+meta device, where they take no memory: what is counted is what `get_peft_model` makes.
 
-Percentages are of one of two wholes. The paper divides the adapter's parameters by those of the base model; what it takes over of LoRA
-from LLM-Adapters and DoRA is what PEFT prints, a share of base model and adapter together.
+Percentages are of one of two wholes. The paper divides the adapter's parameters by those of the base model; what it
+takes over of LoRA from LLM-Adapters and DoRA is what PEFT prints, a share of base model and adapter together.
 """
 
 from __future__ import annotations
@@ -39,18 +39,17 @@ def _llama(width: int, inner: int, layers: int, heads: int, vocab: int = 32_000,
 
 
 def _roberta(width: int, layers: int, heads: int) -> Any:
-    return t.RobertaForSequenceClassification(
-        t.RobertaConfig(
-            vocab_size=50_265,
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            max_position_embeddings=514,
-            type_vocab_size=1,
-            num_labels=2,
-        )
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": 50_265,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+        "num_labels": 2,
+    }
+    return t.RobertaForSequenceClassification(t.RobertaConfig(**settings))
 
 
 MODELS = {

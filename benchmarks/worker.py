@@ -1,7 +1,8 @@
 """A process that holds models and runs them when it is told to: one for each environment.
 
-Reads a command a line from its input, as JSON, and answers with a line. It is started with the interpreter of the environment, and
-imports nothing of this package but what lies beside it, so a peer's environment needs nothing installed.
+Reads a command a line from its input, as JSON, and answers with a line. It is started with the interpreter of the
+environment, and imports nothing of this package but what lies beside it, so a peer's environment needs nothing
+installed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 
 sys.path.insert(0, str(Path(__file__).parent))
-from methods import METHODS, Setting, Subject, base_model, training_batch  # type: ignore[import-not-found]
+from methods import METHODS, Setting, Subject, base_model, training_batch
 
 
 class Bench:
@@ -59,7 +60,7 @@ class Bench:
     def drop(self, name: str) -> dict[str, Any]:
         """Forget a model."""
         for held in (self.subjects, self.settings, self.batches, self.optimizers):
-            held.pop(name, None)  # type: ignore[attr-defined]
+            held.pop(name, None)
         gc.collect()
         return {}
 
@@ -89,7 +90,7 @@ class Bench:
             return {"bytes": torch.cuda.max_memory_allocated() - before}
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             self._step(name)
-        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
         held = most = 0
         for event in sorted(events, key=lambda event: event.start_ns()):
             held += event.nbytes()

@@ -14,7 +14,8 @@ def make_checkpoint(
 ) -> None:
     """Make the checkpoint that `--output` names, from what an installed package holds.
 
-    A finished one is left as it is; an interrupted run leaves none behind, since the folder gets its name only when it is complete.
+    A finished one is left as it is; an interrupted run leaves none behind, since the folder gets its name only when it
+    is complete.
 
     Args:
         description (`str`): Of the script, for `--help`.

@@ -1,7 +1,7 @@
 """Answers to unseen prompts by a base model and by the same model with a ReFT adapter, side by side.
 
-The prompts are not in the training data. Both answers are greedy, so a run can be repeated. The adapter is switched off
-with PEFT's own `disable_adapter`: there is one model in memory, not two.
+The prompts are not in the training data. Both answers are greedy, so a run can be repeated. The adapter is switched
+off with PEFT's own `disable_adapter`: there is one model in memory, not two.
 """
 
 from __future__ import annotations

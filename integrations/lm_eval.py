@@ -1,12 +1,16 @@
-"""The lm-evaluation-harness, with ReFT: `python -m peft_reft.integrations.lm_eval --model hf --model_args pretrained=...,peft=...`
+"""The lm-evaluation-harness, with ReFT.
 
-Everything is the harness's own: this module makes PEFT know ReFT, by being imported, tells likelihood requests where their prompts end,
-and hands over to the harness's command line. From Python, `import peft_reft.integrations.lm_eval` before a model is made does the same.
+    python -m peft_reft.integrations.lm_eval --model hf --model_args pretrained=...,peft=...
 
-The harness scores a continuation by one forward over context and continuation, without labels, and so without a word of where the one
-ends and the other begins. ReFT would take both for prompt, and edit the end of the continuation. Here requests whose prompts are equally
-long are scored together, and the model is told that length. A context's prompt is what `generate` would take for it, so likelihoods
-are those of generating the same tokens. `generate_until` goes through `generate`, which knows its prompts already.
+Everything is the harness's own: this module makes PEFT know ReFT, by being imported, tells likelihood requests where
+their prompts end, and hands over to the harness's command line. From Python, `import peft_reft.integrations.lm_eval`
+before a model is made does the same.
+
+The harness scores a continuation by one forward over context and continuation, without labels, and so without a word
+of where the one ends and the other begins. ReFT would take both for prompt, and edit the end of the continuation. Here
+requests whose prompts are equally long are scored together, and the model is told that length. A context's prompt is
+what `generate` would take for it, so likelihoods are those of generating the same tokens. `generate_until` goes
+through `generate`, which knows its prompts already.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from torch import nn
 
 import peft_reft  # noqa: F401 - makes PEFT know ReFT
 from peft_reft.batch import Batch, Rules, locate
+from peft_reft.context import ForwardContext
 from peft_reft.layer import ReftLayer
 
 
@@ -33,15 +38,17 @@ Request = tuple[Any, list[int], list[int]]  # its text, and the tokens of contex
 
 def rules_in_use(model: nn.Module) -> list[Rules]:
     """Those of the ReFT adapters that are switched on and edit some tokens of a prompt."""
-    contexts = {id(module.context): module.context for module in model.modules() if isinstance(module, ReftLayer)}
+    found = [module.context for module in model.modules() if isinstance(module, ReftLayer)]
+    contexts = {id(context): context for context in found if isinstance(context, ForwardContext)}
     return [rules for context in contexts.values() for rules in context.rules_in_use()]
 
 
 def prompt_tokens(lm: Any, request: Request) -> list[int]:
     """The tokens of a request's context, as `generate` would be given them.
 
-    The harness counts spaces and line ends at the end of a context to the continuation. For `generate`, and in training, they belong to
-    the prompt, and its last tokens are edited. Where context and continuation share a token, the prompt is what the harness has it to be.
+    The harness counts spaces and line ends at the end of a context to the continuation. For `generate`, and in
+    training, they belong to the prompt, and its last tokens are edited. Where context and continuation share a token,
+    the prompt is what the harness has it to be.
     """
     text, context, continuation = request
     if text is None or not text[0]:
@@ -51,7 +58,8 @@ def prompt_tokens(lm: Any, request: Request) -> list[int]:
 
 
 def prompt_length(rules: list[Rules], context: list[int]) -> int | None:
-    """How many tokens of a context are its prompt. None: it has several prompts, which the adapter's template finds by itself.
+    """How many tokens of a context are its prompt. None: it has several prompts, which the adapter's template finds by
+    itself.
 
     Raises:
         ValueError: when adapters that are used together find different prompts.
@@ -65,26 +73,29 @@ def prompt_length(rules: list[Rules], context: list[int]) -> int | None:
         found.add(length if bool(prompt_BS[0, :length].all()) else None)
     if len(found) > 1:
         raise ValueError(
-            "The adapters in use find different prompts in a context: their response_template or prompt_boundary differ. Evaluate them "
-            "one at a time, or give them the same."
+            "The adapters in use find different prompts in a context: their response_template or prompt_boundary "
+            "differ. Evaluate them one at a time, or give them the same."
         )
     return found.pop()
 
 
 @contextmanager
 def told_prompts(model: nn.Module, length: int | None) -> Iterator[None]:
-    """A context in which each forward of a model is told that all its prompts have this length."""
+    """A context in which each forward of a model is told that all its prompts have this length. None: it is told
+    nothing."""
+    if length is None:
+        yield
+        return
 
     def tell(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         ids = args[0] if args else kwargs["input_ids"]
         return args, {**kwargs, "prompt_lengths": torch.full((ids.shape[0],), length, device=ids.device)}
 
-    hook = None if length is None else model.register_forward_pre_hook(tell, with_kwargs=True)
+    hook = model.register_forward_pre_hook(tell, with_kwargs=True)
     try:
         yield
     finally:
-        if hook is not None:
-            hook.remove()
+        hook.remove()
 
 
 def install() -> None:
@@ -119,8 +130,8 @@ def install() -> None:
     def loglikelihood_rolling(self: Any, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         if self.backend != "seq2seq" and (rules := rules_in_use(self.model)):
             raise ValueError(
-                f"{rules[0]}: a task of perplexity (loglikelihood_rolling) scores texts that have no prompt, and ReFT edits tokens of "
-                "the prompt. Leave such tasks out, or train with positions='all'."
+                f"{rules[0]}: a task of perplexity (loglikelihood_rolling) scores texts that have no prompt, and ReFT "
+                "edits tokens of the prompt. Leave such tasks out, or train with positions='all'."
             )
         return score_rolling(self, requests, disable_tqdm=disable_tqdm)
 

@@ -1,9 +1,9 @@
 """Trains a classifier on a task of GLUE with transformers' Trainer, by LoReFT, by LoRA, in full, or its head alone.
 
-Settings come from a YAML file, roberta-base.yaml (the paper's) unless another is given, and any of them from the command line. As in
-the paper, the validation set is split: one part (half of it, or 1,000 examples where it has more than 5,000) chooses the best epoch, and
-the metric of the other part is the result. It goes to OUTPUT_DIR/results.json; `peft-reft evaluate TASK --adapter OUTPUT_DIR` scores the
-adapter on the whole of the set.
+Settings come from a YAML file, roberta-base.yaml (the paper's) unless another is given, and any of them from the
+command line. As in the paper, the validation set is split: one part (half of it, or 1,000 examples where it has more
+than 5,000) chooses the best epoch, and the metric of the other part is the result. It goes to OUTPUT_DIR/results.json;
+`peft-reft evaluate TASK --adapter OUTPUT_DIR` scores the adapter on the whole of the set.
 """
 
 from __future__ import annotations
@@ -180,7 +180,8 @@ def split_in_two(examples: list[Any], seed: int) -> tuple[list[Any], list[Any]]:
 
 
 def count_parameters(model: Any) -> dict[str, Any]:
-    """Trained numbers, the classifier's apart, as the paper counts them: as a share of the model without its classifier."""
+    """Trained numbers, the classifier's apart, as the paper counts them: as a share of the model without its
+    classifier."""
     trained = head = total = 0
     for name, parameter in model.named_parameters():
         is_head = "classifier" in name.split(".") or "score" in name.split(".")

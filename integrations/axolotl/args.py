@@ -136,7 +136,7 @@ def reft_config(cfg: Any, task_type: str | None = None) -> ReftConfig:
     Raises:
         ValueError: for values that ReftConfig refuses, with the YAML key's name.
     """
-    settings = {field: getattr(cfg, key, None) for key, field in SHARED_KEYS.items()}
+    settings: dict[str, Any] = {field: getattr(cfg, key, None) for key, field in SHARED_KEYS.items()}
     block = getattr(cfg, "reft", None)
     if block is not None:
         settings.update({field: getattr(block, field, None) for field in ReftBlock.model_fields if field != "debug"})

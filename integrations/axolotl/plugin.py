@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
-from typing import Any
+from typing import Any, cast
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from axolotl.loaders import load_tokenizer
@@ -68,7 +68,7 @@ class ReftPlugin(BasePlugin):
             return None
         config = reft_config(cfg, _get_peft_task_type(model))
         if isinstance(config.response_template, str):
-            _check_template(config, cfg)
+            _check_template(config.response_template, config, cfg)
         if config_only:
             return None, config
         options: dict[str, Any] = {}
@@ -78,11 +78,11 @@ class ReftPlugin(BasePlugin):
             _check_saved(PeftConfig.from_pretrained(cfg.lora_model_dir), config, cfg)
             if cfg.lora_on_cpu:
                 options |= {"max_memory": {"cpu": "256GiB"}, "device_map": {"": "cpu"}}
-            model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference, **options)
+            adapted = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference, **options)
         else:
-            model = get_peft_model(model, config, **options)
-        model.print_trainable_parameters()
-        return model, config
+            adapted = cast(PeftModel, get_peft_model(model, config, **options))
+        adapted.print_trainable_parameters()
+        return adapted, config
 
 
 def _build_base_as_for_lora() -> None:
@@ -111,7 +111,8 @@ def _build_base_as_for_lora() -> None:
             cfg.adapter = adapter
 
     load_by_name._serves_reft = True  # type: ignore[attr-defined]
-    ModelLoader.load = load_by_name  # type: ignore[method-assign]
+    loading: Any = ModelLoader
+    loading.load = load_by_name
 
 
 def _show_positions(trainer: Any) -> None:
@@ -122,9 +123,8 @@ def _show_positions(trainer: Any) -> None:
     LOG.info("debug: the tokens that ReFT edits in a training batch\n%s", shown.getvalue())
 
 
-def _check_template(config: ReftConfig, cfg: DictDefault) -> None:
+def _check_template(text: str, config: ReftConfig, cfg: DictDefault) -> None:
     """An adapter finds its template by the tokenizer that its config names. axolotl may have added tokens to it."""
-    text = config.response_template
     ids = load_tokenizer(cfg)(text, add_special_tokens=False)["input_ids"]
     saved = TextTemplate(text, AutoTokenizer.from_pretrained(config.tokenizer_name_or_path or cfg.base_model))
     if not saved.occurs_in(ids):
@@ -137,7 +137,11 @@ def _check_template(config: ReftConfig, cfg: DictDefault) -> None:
 def _check_saved(saved: PeftConfig, asked: ReftConfig, cfg: DictDefault) -> None:
     """A saved adapter brings its own settings: refuse one of another kind, and say where it differs from the YAML."""
     if not isinstance(saved, ReftConfig) or saved.intervention != asked.intervention:
-        kind = saved.intervention if isinstance(saved, ReftConfig) else saved.peft_type.value.lower()
+        kind = (
+            saved.intervention
+            if isinstance(saved, ReftConfig)
+            else str(getattr(saved.peft_type, "value", saved.peft_type)).lower()
+        )
         raise ValueError(
             f"lora_model_dir: {cfg.lora_model_dir} holds an adapter of kind {kind}, but adapter: {cfg.adapter} asks for "
             f"another. Set adapter: {kind}, or point lora_model_dir to a {cfg.adapter} adapter."

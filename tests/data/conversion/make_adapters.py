@@ -2,10 +2,11 @@
 
     python tests/data/conversion/make_adapters.py
 
-in an environment with adapters==1.3.0 (and transformers==4.57.6), after make_pyreft.py, whose bases and prompts it uses. Each case is
-trained for some steps, saved by `save_adapter`, and run: `expected.safetensors` and `cases.json` are as make_pyreft.py says. Greedy
-tokens there are only of adapters that edit first tokens alone, and come from full passes without a cache: with one, adapters edits
-whatever it is fed as if it were a prompt, and with last tokens it edits other tokens at each step.
+in an environment with adapters==1.3.0 (and transformers==4.57.6), after make_pyreft.py, whose bases and prompts it
+uses. Each case is trained for some steps, saved by `save_adapter`, and run: `expected.safetensors` and `cases.json`
+are as make_pyreft.py says. Greedy tokens there are only of adapters that edit first tokens alone, and come from full
+passes without a cache: with one, adapters edits whatever it is fed as if it were a prompt, and with last tokens it
+edits other tokens at each step.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
     python tests/data/conversion/make_pyreft.py
 
-in an environment with pyreft==0.1.0, pyvene==0.1.8 and transformers==4.45.1. Each case is trained for some steps, so that no
-parametrization is where it started, saved by pyreft, loaded by pyreft, and run: `expected.safetensors` holds, by the name of the
-case, every fourth logit at the last three tokens of two prompts (padded on the right), or all of a classifier, in float64, and the tokens that
-greedy decoding gives for each in float32. `cases.json` says how each case was made.
+in an environment with pyreft==0.1.0, pyvene==0.1.8 and transformers==4.45.1. Each case is trained for some steps, so
+that no parametrization is where it started, saved by pyreft, loaded by pyreft, and run: `expected.safetensors` holds,
+by the name of the case, every fourth logit at the last three tokens of two prompts (padded on the right), or all of a
+classifier, in float64, and the tokens that greedy decoding gives for each in float32. `cases.json` says how each case
+was made.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def make_bases() -> None:
 
 
 def blocks(layers, tied):
-    """The places of an adapter as pyreft's own training script lists them: all layers, and again for the last tokens."""
+    """The places of an adapter as pyreft's own training script lists them: all layers, and again for the last
+    tokens."""
     return [{"layer": layer, "component": "block_output"} for layer in (layers if tied else layers * 2)]
 
 
@@ -135,7 +137,8 @@ def at_last_tokens(logits):
 
 
 def load(case, folder):
-    """A fresh model with the weights in a folder, as pyreft's `load_intervention` puts them there, which wants a GPU for it."""
+    """A fresh model with the weights in a folder, as pyreft's `load_intervention` puts them there, which wants a GPU
+    for it."""
     reft = build(case)
     for key, intervention in reft.interventions.items():
         intervention.load_state_dict(torch.load(Path(folder) / f"intkey_{key}.bin", weights_only=True))

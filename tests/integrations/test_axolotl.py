@@ -1,0 +1,387 @@
+"""The plugin through axolotl's own command line, on a CPU.
+
+The model is SmolLM2 cut down to its first 4 layers, which is quick and still learns; `make quickstart` runs the same way on
+the whole of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_reft import ReftConfig
+
+
+pytest.importorskip("axolotl", reason="needs the extra `axolotl`")
+pytestmark = pytest.mark.slow
+
+LORA = {
+    "adapter": "lora",
+    "lora_r": 4,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "lora_target_linear": True,
+    "peft_layers_to_transform": [0, 2],
+    "sequence_len": 64,
+    "sample_packing": False,
+    "val_set_size": 4,
+    "micro_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "num_epochs": 4,
+    "learning_rate": 0.01,
+    "optimizer": "adamw_torch",
+    "lr_scheduler": "constant",
+    "bf16": False,
+    "fp16": False,
+    "logging_steps": 1,
+    "save_strategy": "epoch",
+    "gradient_checkpointing": True,
+    "seed": 7,
+}
+LORA_ON_A_CPU = {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")}
+TO_REFT = {"adapter": "loreft", "plugins": ["peft_reft.integrations.axolotl.ReftPlugin"]}
+
+PROBE = '''
+import json, os
+from collections import Counter
+from axolotl.integrations.base import BasePlugin
+
+
+class Probe(BasePlugin):
+    """Writes down what axolotl made of the config: classes of the modules, dtypes of what is trained."""
+
+    def post_model_load(self, cfg, model):
+        seen = {
+            "adapter": cfg.adapter,
+            "classes": Counter(type(module).__name__ for module in model.modules()),
+            "trained": sorted({str(p.dtype) for p in model.parameters() if p.requires_grad}),
+            "norms": sorted({str(p.dtype) for name, p in model.named_parameters() if "norm" in name}),
+            "config": model.peft_config["default"].to_dict(),
+        }
+        with open(os.environ["PROBE"], "w") as file:
+            json.dump(seen, file, default=str)
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, smollm2) -> Path:
+    """A folder with a base model, a dataset and the probe."""
+    folder = tmp_path_factory.mktemp("axolotl")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    AutoModelForCausalLM.from_pretrained(smollm2, num_hidden_layers=4).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    colours = ["red", "blue", "green", "white"]
+    rows = [{"instruction": f"Colour number {n}?", "input": "", "output": colours[n % 4]} for n in range(20)]
+    talks = [
+        {"messages": [{"role": role, "content": text} for role, text in turns]}
+        for n in range(20)
+        for turns in [
+            [("user", f"Colour {n}?"), ("assistant", colours[n % 4]), ("user", "Sure?"), ("assistant", "Yes")]
+        ]
+    ]
+    pairs = [{"prompt": f"Colour {n}?", "chosen": f" {colours[n % 4]}", "rejected": " none"} for n in range(20)]
+    for name, some in (("data", rows), ("talks", talks), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
+    (folder / "probe.py").write_text(PROBE)
+    return folder
+
+
+def axolotl(
+    folder: Path, command: str, config: dict, *options: str, name: str = "run", stdin: str = "", probe: bool = True
+) -> SimpleNamespace:
+    """Run a command of axolotl in a process of its own, and return what it printed, and the probe's notes."""
+    if command != "merge-lora" and name != "trained":
+        options = (*options, "--launcher", "python")  # one import of axolotl less than by way of accelerate
+    full = {
+        "base_model": str(folder / "base"),
+        "datasets": [{"path": str(folder / "data.jsonl"), "type": "alpaca"}],
+        "dataset_prepared_path": str(folder / "prepared"),
+        "output_dir": str(folder / name),
+        **config,
+    }
+    if "plugins" in full and probe:
+        full["plugins"] = [*full["plugins"], "probe.Probe"]
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(full))
+    notes = folder / f"{name}.json"
+    notes.unlink(missing_ok=True)
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(folder),
+        "PROBE": str(notes),
+        "HF_HUB_OFFLINE": "1",
+        "AXOLOTL_DO_NOT_TRACK": "1",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "500",
+    }
+    environment.pop("ACCELERATE_USE_CPU", None)
+    run = subprocess.run(
+        ["axolotl", command, str(path), *options],
+        env=environment,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+    output = run.stdout + run.stderr
+    return SimpleNamespace(
+        code=run.returncode,
+        output=output,
+        losses=[float(loss) for loss in re.findall(r"'loss': '?([0-9.]+)", output)],
+        notes=json.loads(notes.read_text()) if notes.exists() else None,
+        out=folder / name,
+    )
+
+
+def logits(folder: Path, adapter: Path) -> torch.Tensor:
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    model = PeftModel.from_pretrained(base, adapter)
+    with torch.no_grad():
+        return model(input_ids=torch.arange(5, 25)[None]).logits
+
+
+@pytest.fixture(scope="module")
+def trained(folder) -> SimpleNamespace:
+    run = axolotl(folder, "train", LORA | TO_REFT, name="trained")
+    assert run.code == 0, run.output[-6000:]
+    return run
+
+
+def test_two_lines_make_a_lora_yaml_a_reft_one(folder, trained):
+    assert len(trained.losses) == 16 and trained.losses[-1] < 0.5 * trained.losses[0]
+    assert trained.notes["classes"]["ReftLayer"] == 2
+    assert trained.notes["adapter"] == "loreft"  # its own name again once the model is loaded
+    config = PeftConfig.from_pretrained(trained.out)
+    assert isinstance(config, ReftConfig)
+    assert (config.r, config.dropout, config.layers_to_transform, config.positions, config.task_type) == (
+        4,
+        0.05,
+        [0, 2],
+        "f7+l7",
+        "CAUSAL_LM",
+    )
+    assert not torch.equal(logits(folder, trained.out), logits(folder, trained.out / "checkpoint-4"))
+    warnings = re.findall(r"has no use for these LoRA keys, ignored: (.*)", trained.output)
+    assert warnings == ["lora_alpha, lora_target_linear"]
+
+
+def test_resume_from_a_checkpoint_ends_where_the_whole_run_does(folder, trained):
+    checkpoint = trained.out / "checkpoint-8"
+    config = LORA | TO_REFT | {"resume_from_checkpoint": str(checkpoint)}
+    run = axolotl(folder, "train", config, name="resumed")
+    assert run.code == 0, run.output[-6000:]
+    assert len(run.losses) == 8
+    assert run.losses == pytest.approx(trained.losses[8:], rel=1e-2)
+    torch.testing.assert_close(logits(folder, run.out), logits(folder, trained.out), rtol=0, atol=1e-4)
+
+
+def test_training_goes_on_from_lora_model_dir(folder, trained):
+    config = LORA | TO_REFT | {"lora_model_dir": str(trained.out), "max_steps": 2, "reft": {"positions": "l1"}}
+    run = axolotl(folder, "train", config, name="continued")
+    assert run.code == 0, run.output[-6000:]
+    assert run.losses[0] < 0.5 * trained.losses[0]
+    assert "keeps its own settings, not the YAML's: positions ('l1' in the YAML)" in run.output
+    assert PeftConfig.from_pretrained(run.out).positions == "f7+l7"
+
+
+def test_inference_and_evaluate(folder, trained):
+    config = LORA | TO_REFT | {"lora_model_dir": str(trained.out)}
+    asked = axolotl(
+        folder, "inference", config, "--prompter", "AlpacaPrompter", name="asked", stdin="Colour number 3?"
+    )
+    assert asked.code == 0, asked.output[-6000:]
+    assert "ReftLayer" in asked.notes["classes"]
+    assert "### Response:" in asked.output
+    judged = axolotl(folder, "evaluate", config, name="judged")
+    assert judged.code == 0, judged.output[-6000:]
+    loss = float(re.search(r"loss,([0-9.]+)", (judged.out / "eval_summary.csv").read_text())[1])
+    assert loss < 0.5 * trained.losses[0]
+
+
+def test_merging_stops_with_the_reason_and_writes_nothing(folder, trained):
+    run = axolotl(folder, "merge-lora", LORA | TO_REFT | {"lora_model_dir": str(trained.out)}, name="merged")
+    assert run.code != 0
+    assert "adapter: loreft can't be merged into the base model" in run.output
+    assert not (folder / "merged" / "merged").exists() and not (trained.out / "merged").exists()
+
+
+def test_edits_of_every_token_are_merged(folder):
+    block = {"positions": "all", "target_modules": ["down_proj"], "add_bias": False, "init_weights": "pyreft"}
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    config = ReftConfig(r=4, layers_to_transform=[0, 2], task_type="CAUSAL_LM", **block)
+    model = get_peft_model(base, config).eval()
+    model.save_pretrained(folder / "every_token")
+    ids = torch.arange(3, 40).view(1, -1)
+    with torch.no_grad():
+        edited = model(ids).logits
+        with model.disable_adapter():
+            assert not torch.allclose(edited, model(ids).logits, atol=1e-2)
+    settings = LORA | TO_REFT | {"reft": block, "lora_model_dir": str(folder / "every_token")}
+    refused = axolotl(folder, "merge-lora", settings, name="shards")
+    assert refused.code != 0 and "Set merge_method: legacy" in refused.output
+    run = axolotl(folder, "merge-lora", settings | {"merge_method": "legacy"}, name="legacy")
+    assert run.code == 0, run.output[-6000:]
+    merged = AutoModelForCausalLM.from_pretrained(folder / "legacy" / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, edited, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "key, quantized, steps",
+    [
+        ("load_in_4bit", "Linear4bit", {"max_steps": 8}),
+        # A step of bitsandbytes' 8-bit layers takes a CPU a minute for a whole batch; tests/quantized/test_quantized.py trains with them.
+        ("load_in_8bit", "Linear8bitLt", {"max_steps": 1, "micro_batch_size": 1}),
+    ],
+)
+def test_quantized_bases_are_quantized_and_prepared_as_for_lora(folder, key, quantized, steps):
+    config = LORA | TO_REFT | steps | {key: True, "val_set_size": 0, "save_strategy": "no"}
+    run = axolotl(folder, "train", config, name=key)
+    assert run.code == 0, run.output[-6000:]
+    assert run.notes["classes"][quantized] == 4 * 7  # every linear layer of every block
+    assert run.notes["classes"]["ReftLayer"] == 2
+    assert run.notes["trained"] == ["torch.float32"]
+    assert "prepare_model_for_kbit_training" in run.output
+    if steps["max_steps"] > 1:
+        assert run.losses[-1] < 0.5 * run.losses[0]
+    # LoRA's own run of that YAML, for the base that it gets. (Its wrappers bear the names of what they wrap, hence twice.)
+    lora = {
+        "adapter": "qlora" if key == "load_in_4bit" else "lora",
+        "plugins": [],
+        "max_steps": 1,
+        "peft_layers_to_transform": None,
+    }
+    lora = axolotl(folder, "train", config | LORA_ON_A_CPU | lora, name=f"{key}_lora")
+    assert lora.notes, lora.output[-6000:]
+    assert lora.notes["classes"][quantized] == 2 * 4 * 7
+    assert lora.notes["norms"] == run.notes["norms"]
+
+
+SHOWN = re.compile(r"^row (\d+), tokens (\d+) to \d+; the prompt is told by (\w+)\n  (.*)$", re.MULTILINE)
+SHORT = {"max_steps": 6, "val_set_size": 0, "save_strategy": "no", "sequence_len": 128, "dataset_num_proc": 1}
+
+
+def shown(run: SimpleNamespace) -> list[tuple[str, str, str, str]]:
+    """What `--debug` printed of a training batch: row, first token, what told the prompt, and the marked text."""
+    assert run.code == 0, run.output[-6000:]
+    assert run.losses[-1] < 0.7 * run.losses[0]
+    return SHOWN.findall(run.output)
+
+
+@pytest.mark.parametrize("told_by", ["labels", "response_template"])
+def test_sample_packing(folder, told_by):
+    """Several texts in a row, each with its own first and last tokens; by the template, inputs can be trained on too."""
+    packing = {"sample_packing": True, "attn_implementation": "sdpa", "micro_batch_size": 1}
+    config = LORA | TO_REFT | SHORT | packing
+    if told_by == "response_template":
+        config |= {"train_on_inputs": True, "reft": {"response_template": "### Response:\n"}}
+    texts = shown(axolotl(folder, "train", config, "--debug", name=f"packed_{told_by}"))
+    assert len(texts) >= 3 and {row for row, *_ in texts} == {"0"}
+    for _, _, source, text in texts:
+        assert source == told_by
+        if "Below" in text:  # else padding that fills the row up
+            assert text.startswith("F[Below]") and text.count("F[") == 7
+            assert re.search(r"(L\[[^\]]*\]){7}»(red|blue|green|white)", text)
+
+
+def test_every_turn_of_a_conversation(folder):
+    data = [{"path": str(folder / "talks.jsonl"), "type": "chat_template"}]
+    reft = {"prompt_boundary": "every", "positions": "f2+l3"}
+    config = LORA | TO_REFT | SHORT | {"datasets": data, "reft": reft}
+    texts = shown(axolotl(folder, "train", config, "--debug", name="talks"))
+    assert len(texts) == 4
+    for *_, source, text in texts:
+        assert source == "labels" and text.count("F[") == 2 and text.count("L[") == 6
+        assert len(re.findall(r"L\[ass\]L\[istant\]L\[\\n\]»", text)) == 2
+
+
+def test_dpo(folder):
+    data = [{"path": str(folder / "pairs.jsonl"), "split": "train"}]
+    config = LORA | TO_REFT | SHORT | {"rl": "dpo", "datasets": data, "learning_rate": 0.002}
+    run = axolotl(folder, "train", config, "--debug", name="dpo", probe=False)  # no PeftModel yet for the probe to see
+    texts = shown(run)
+    assert len(texts) == 8  # four pairs
+    for *_, source, text in texts:
+        prompt, _, answer = text.partition("»")
+        assert source == "prompt_lengths" and prompt.startswith("F[Colour]") and prompt.endswith("L[?]")
+        assert re.match(r" (red|blue|green|white|none)", answer) and "[" not in answer
+    assert run.losses[0] == pytest.approx(0.6931, abs=1e-3)  # the reference is the base model
+    assert PeftConfig.from_pretrained(run.out).intervention == "loreft"
+
+
+def test_a_template_of_tokens_that_the_yaml_adds(folder):
+    config = LORA | TO_REFT | SHORT | {"tokens": ["<|reply|>"], "reft": {"response_template": "<|reply|>"}}
+    config |= {"lora_modules_to_save": ["embed_tokens", "lm_head"]}
+    run = axolotl(folder, "train", config, name="added_tokens")
+    assert run.code != 0
+    assert re.search(r"holds tokens that this YAML adds.*response_template: \[49152\]", run.output), run.output[-4000:]
+
+
+def test_reft_block_and_other_keys(folder):
+    config = LORA | TO_REFT
+    config |= {
+        "adapter": "nodireft",
+        "peft_autocast_adapter_dtype": True,
+        "lora_modules_to_save": ["lm_head"],
+        "max_steps": 2,
+        "reft": {
+            "positions": "f3",
+            "act_fn": "gelu",
+            "target_modules": ["mlp"],
+            "init_weights": "pyreft",
+            "rank_pattern": {"layers.2.mlp": 2},
+        },
+    }
+    config["gradient_checkpointing"] = False
+    run = axolotl(folder, "train", config, name="block")
+    assert run.code == 0, run.output[-6000:]
+    saved = run.notes["config"]
+    assert (saved["intervention"], saved["positions"], saved["act_fn"]) == ("nodireft", "f3", "gelu")
+    assert (saved["target_modules"], saved["modules_to_save"]) == (["mlp"], ["lm_head"])
+    assert (saved["r"], saved["rank_pattern"]) == (4, {"layers.2.mlp": 2})
+
+
+def test_tokens_that_lora_would_train_are_trained():
+    from peft_reft.integrations.axolotl.args import reft_config
+
+    yaml_keys = SimpleNamespace(adapter="loreft", lora_r=4, peft_trainable_token_indices=[5, 6])
+    assert reft_config(yaml_keys).trainable_token_indices == [5, 6]
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"plugins": []}, r"Adapter 'loreft' is not built in.*`plugins:`"),
+        ({"reft": {"positions": "f7-l7"}}, r"positions='f7-l7' does not parse"),
+        ({"reft": {"position": "f7+l7"}}, r"reft.position"),
+        ({"lora_r": 0}, r"r=0 is not allowed.*lora_r sets r"),
+        ({"adapter": "lora", "reft": {"positions": "f1"}}, r"reft: is set, but adapter: lora is not a ReFT adapter"),
+        ({"peft_layers_to_transform": [9]}, r"layers_to_transform=\[9\] asks for layers that don't exist: \[9\]"),
+        ({"train_on_inputs": True}, r"train_on_inputs: true leaves no label masked.*response_template"),
+        ({"rl": "orpo"}, r"rl: orpo gives the model no labels.*response_template"),
+        ({"reft": {"prompt_boundary": "last"}}, r"prompt_boundary"),
+    ],
+    ids=str,
+)
+def test_bad_yaml_stops_with_the_reason(folder, config, message):
+    run = axolotl(folder, "train", LORA | TO_REFT | config, name="bad")
+    assert run.code != 0
+    assert re.search(message, run.output), run.output[-6000:]
+    assert not list(folder.glob("bad/*.safetensors"))
+
+
+def test_an_adapter_of_another_kind_in_lora_model_dir(folder, trained, tmp_path):
+    config = LORA | TO_REFT | {"adapter": "direft", "lora_model_dir": str(trained.out)}
+    run = axolotl(folder, "inference", config, name="other_kind", stdin="x")
+    assert run.code != 0 and re.search("holds an adapter of kind loreft.*Set adapter: loreft", run.output)

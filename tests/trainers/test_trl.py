@@ -1,0 +1,379 @@
+"""TRL's trainers with `peft_config=ReftConfig(...)` where one would pass a LoraConfig: which tokens each of their
+forwards edits.
+
+The edited tokens are seen from outside, as the difference that the wrapper makes to the first block's output.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from models import CHAT_VOCAB, GROUPED, chat_model, tokenizer
+from packaging.version import Version
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from peft_reft import PromptLengthsCollator, ReftConfig, ReftLayer
+
+
+trl = pytest.importorskip("trl", reason="needs trl")
+datasets = pytest.importorskip("datasets")
+# From here on its trainers pass labels to the model, for preferences as well.
+PASSES_LABELS = Version(trl.__version__) >= Version("1.16")
+OPENING = "<|im_start|>assistant\n"
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("CI", "1")
+    warnings.filterwarnings("ignore")
+
+
+def chat(question: str) -> list[dict]:
+    return [{"role": "user", "content": question}]
+
+
+def reply(answer: str) -> list[dict]:
+    return [{"role": "assistant", "content": answer}]
+
+
+QUESTIONS = ["Name a colour.", "What is the answer to this question?", "Why?", "Describe a task that I know."]
+ANSWERS = ["Blue.", "I do not know that.", "No.", "It is to answer."]
+PAIRS = list(zip(QUESTIONS, ANSWERS)) * 2
+
+
+class Watch:
+    """Notes the tokens of every forward of a model's first edited block, and which of them it edits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.forwards: list[tuple[list[list[int]], list[list[int]]]] = []
+        base = model.get_base_model()
+        layer = next(module for module in model.modules() if isinstance(module, ReftLayer))
+        layer.get_base_layer().register_forward_hook(
+            lambda m, a, out: setattr(self, "before", self.tensor(out).clone())
+        )
+        layer.register_forward_hook(lambda m, a, out: self.note(self.tensor(out)))
+        base.register_forward_pre_hook(
+            lambda m, a, kwargs: setattr(self, "ids", kwargs["input_ids"]), with_kwargs=True
+        )
+
+    @staticmethod
+    def tensor(output: Any) -> torch.Tensor:
+        return (output[0] if isinstance(output, tuple) else output).detach()
+
+    def note(self, after: torch.Tensor) -> None:
+        changed = (after - self.before).abs().amax(dim=-1) > 0
+        self.forwards.append((self.ids.tolist(), [row.nonzero().flatten().tolist() for row in changed]))
+
+    def check(self, expected) -> None:
+        """Every forward edits the tokens that `expected` names for its ids, or, with the adapter off, none."""
+        assert self.forwards
+        for ids, edited in self.forwards:
+            if any(edited):
+                assert edited == [expected(row) for row in ids]
+
+    @property
+    def edits(self) -> list[bool]:
+        return [any(edited) for _, edited in self.forwards]
+
+
+def after_opening(ids: list[int], start: int = 0) -> int:
+    """Where the first answer begins, by the text of the tokens."""
+    tokens = tokenizer()
+    for end in range(start + 1, len(ids) + 1):
+        if tokens.decode(ids[start:end]).endswith(OPENING):
+            return end
+    raise AssertionError(tokens.decode(ids[start:]))
+
+
+def f1_l2(ids: list[int]) -> list[int]:
+    """What f1+l2 edits in a conversation, padded on any side."""
+    start = next(place for place, token in enumerate(ids) if token != 0)
+    end = after_opening(ids, start)
+    return [start, end - 2, end - 1]
+
+
+def config(**settings) -> ReftConfig:
+    # a start that differs from the base model, for edits to be seen; and both dropouts off
+    return ReftConfig(**{"r": 4, "positions": "f1+l2", "task_type": "CAUSAL_LM", "init_weights": "pyreft", **settings})
+
+
+def arguments(cls: type, folder, **settings) -> Any:
+    return cls(
+        output_dir=str(folder),
+        **{
+            "max_steps": 2,
+            "use_cpu": True,
+            "bf16": False,
+            "save_strategy": "no",
+            "report_to": "none",
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "disable_tqdm": True,
+            **settings,
+        },
+    )
+
+
+def train(trainer: Any) -> Watch:
+    """Train, and see that every weight of the adapter moved, and none of the base."""
+    watch = Watch(trainer.model)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name]) != (".reft_" in name or "modules_to_save" in name), name
+    return watch
+
+
+def preferences(**columns: list) -> Any:
+    return datasets.Dataset.from_dict(columns)
+
+
+def pairs_of_answers() -> Any:
+    return preferences(
+        prompt=[chat(q) for q, _ in PAIRS],
+        chosen=[reply(a) for _, a in PAIRS],
+        rejected=[reply("user") for _ in PAIRS],
+    )
+
+
+# -- supervised -------------------------------------------------------------------------------------------------------
+
+
+def sft(tmp_path, data, reft: ReftConfig, **settings) -> Any:
+    return trl.SFTTrainer(
+        model=chat_model(),
+        args=arguments(trl.SFTConfig, tmp_path, **settings),
+        train_dataset=data,
+        processing_class=tokenizer(),
+        peft_config=reft,
+    )
+
+
+def conversations() -> Any:
+    return preferences(prompt=[chat(q) for q, _ in PAIRS], completion=[reply(a) for _, a in PAIRS])
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_sft(tmp_path, checkpointing):
+    train(sft(tmp_path, conversations(), config(), gradient_checkpointing=checkpointing)).check(f1_l2)
+
+
+@pytest.mark.parametrize("template", [None, OPENING])
+@pytest.mark.parametrize(
+    "how", [{"packing": True, "max_length": 96}, {"padding_free": True, "max_length": None}], ids=str
+)
+def test_sft_packed(tmp_path, how, template):
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    reft = config(response_template=template, tokenizer_name_or_path=str(tmp_path / "tokenizer"))
+
+    def each_of_the_row(ids: list[int]) -> list[int]:
+        opening = tokenizer()("<|im_start|>user\n")["input_ids"][0]
+        # a conversation opens with <|im_start|> after nothing, or after the line end of the one before
+        text_starts = [
+            n
+            for n, token in enumerate(ids)
+            if token == opening and tokenizer().decode(ids[n : n + 3]).startswith("<|im_start|>user")
+        ]
+        edited = []
+        for start in text_starts:
+            end = after_opening(ids, start)
+            edited += [start, end - 2, end - 1]
+        return edited
+
+    watch = train(sft(tmp_path, conversations(), reft, **how))
+    watch.check(each_of_the_row)
+    assert max(len(edited[0]) for _, edited in watch.forwards) >= 6  # several conversations in a row
+
+
+def test_sft_on_text_without_an_answer(tmp_path):
+    data = preferences(text=[q for q, _ in PAIRS])
+    with pytest.raises(
+        ValueError, match="no prompt tokens to edit.*prompt_lengths.*PromptLengthsCollator.*response_template"
+    ):
+        sft(tmp_path, data, config()).train()
+    with pytest.raises(ValueError, match="no prompt tokens to edit"):  # TRL masks the first token of each packed text
+        sft(tmp_path, data, config(), packing=True, max_length=64).train()
+    train(sft(tmp_path, data, config(positions="all")))
+
+
+def test_sft_in_which_labels_do_not_reach_the_model(tmp_path):
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    settings = {"label_smoothing_factor": 0.1, "loss_type": "nll"}
+    with pytest.raises(ValueError, match="training batch without labels.*response_template"):
+        sft(tmp_path, conversations(), config(), **settings).train()
+    reft = config(response_template=OPENING, tokenizer_name_or_path=str(tmp_path / "tokenizer"))
+    train(sft(tmp_path, conversations(), reft, **settings)).check(f1_l2)
+
+
+# -- preferences ------------------------------------------------------------------------------------------------------
+
+
+def dpo(tmp_path, reft: ReftConfig, **settings) -> Any:
+    return trl.DPOTrainer(
+        model=chat_model(),
+        args=arguments(trl.DPOConfig, tmp_path, **settings),
+        train_dataset=pairs_of_answers(),
+        processing_class=tokenizer(),
+        peft_config=reft,
+    )
+
+
+def kto(tmp_path, reft: ReftConfig, **settings) -> Any:
+    data = preferences(
+        prompt=[chat(q) for q, _ in PAIRS],
+        completion=[reply(a) for _, a in PAIRS],
+        label=[n % 2 == 0 for n in range(len(PAIRS))],
+    )
+    module = trl if hasattr(trl, "KTOTrainer") else importlib.import_module("trl.experimental.kto")
+    return module.KTOTrainer(
+        model=chat_model(),
+        args=arguments(module.KTOConfig, tmp_path, **settings),
+        train_dataset=data,
+        processing_class=tokenizer(),
+        peft_config=reft,
+    )
+
+
+@pytest.mark.parametrize("make", [dpo, kto])
+def test_preferences_by_the_collator(tmp_path, make):
+    trainer = make(tmp_path, config())
+    trainer.data_collator = PromptLengthsCollator(trainer.data_collator)
+    watch = train(trainer)
+    watch.check(f1_l2)
+    assert True in watch.edits and False in watch.edits  # the reference is the model with its adapter off
+
+
+@pytest.mark.parametrize("make", [dpo, kto])
+def test_preferences_by_the_template(tmp_path, make):
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    watch = train(
+        make(tmp_path, config(response_template=OPENING, tokenizer_name_or_path=str(tmp_path / "tokenizer")))
+    )
+    watch.check(f1_l2)
+    assert True in watch.edits and False in watch.edits
+
+
+@pytest.mark.parametrize("make", [dpo, kto])
+def test_preferences_that_do_not_say_where_prompts_end(tmp_path, make):
+    if PASSES_LABELS:
+        train(make(tmp_path, config())).check(f1_l2)
+    else:
+        with pytest.raises(ValueError, match="PromptLengthsCollator.*response_template"):
+            make(tmp_path, config()).train()
+
+
+def test_dpo_starts_at_its_reference(tmp_path):
+    trainer = dpo(tmp_path, config(init_weights=True, dropout=0.0), max_steps=1, logging_steps=1)
+    trainer.data_collator = PromptLengthsCollator(trainer.data_collator)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_the_reference_of_a_trained_adapter(tmp_path):
+    """TRL makes an adapter for it, and does not find what to copy: a warning says so, and how to."""
+    model = get_peft_model(chat_model(), config())
+    with pytest.warns(UserWarning, match="named 'ref'.*Copy them: set_peft_model_state_dict"):
+        trainer = trl.DPOTrainer(
+            model=model,
+            args=arguments(trl.DPOConfig, tmp_path, max_steps=1, logging_steps=1),
+            train_dataset=pairs_of_answers(),
+            processing_class=tokenizer(),
+        )
+    set_peft_model_state_dict(model, get_peft_model_state_dict(model), adapter_name="ref")
+    trainer.data_collator = PromptLengthsCollator(trainer.data_collator)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_dropout_is_off_in_preference_training(tmp_path):
+    """As TRL does by default for every dropout module that it finds."""
+    trainer = dpo(tmp_path, config(dropout=0.5))
+    layers = [module for module in trainer.model.modules() if isinstance(module, ReftLayer)]
+    assert [layer.reft_dropout["default"].p for layer in layers] == [0, 0, 0]
+
+
+def test_the_collator_does_not_guess():
+    with pytest.raises(ValueError, match="neither completion_mask.*nor labels.*response_template"):
+        PromptLengthsCollator(lambda features: {"input_ids": torch.ones(2, 3)})([])
+
+
+@pytest.mark.parametrize("key", ["labels", "completion_mask"])
+def test_the_collator_does_not_count_padding(key):
+    attention_mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1]])
+    answers = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]])
+    value = answers if key == "completion_mask" else answers * 107 - 100
+    batch = PromptLengthsCollator(lambda features: {key: value, "attention_mask": attention_mask})([])
+    assert batch["prompt_lengths"].tolist() == [2, 1, 3]  # a row without an answer is all prompt
+    told = {"prompt_lengths": torch.tensor([5, 5, 5])}
+    assert PromptLengthsCollator(lambda features: dict(told))([]) == told
+
+
+def test_the_collator_on_packed_rows_and_its_own_attributes():
+    class Packing:
+        pad_token_id = 7
+
+        def __call__(self, features):
+            labels = torch.tensor([[-100, -100, 5, -100, 5, 5, -100, -100, -100, 5]])
+            return {"labels": labels, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 0, 1, 2, 3]])}
+
+    collator = PromptLengthsCollator(Packing())
+    assert collator.pad_token_id == 7
+    assert collator([])["prompt_lengths"].tolist() == [2, 1, 3]
+
+
+# -- rewards ----------------------------------------------------------------------------------------------------------
+
+
+def test_reward_model(tmp_path):
+    import transformers as t
+
+    sizes = {**GROUPED, "vocab_size": CHAT_VOCAB, "max_position_embeddings": 512, "num_labels": 1}
+    trainer = trl.RewardTrainer(
+        model=t.LlamaForSequenceClassification(t.LlamaConfig(**sizes)),
+        args=arguments(trl.RewardConfig, tmp_path),
+        train_dataset=pairs_of_answers(),
+        processing_class=tokenizer(),
+        peft_config=config(task_type="SEQ_CLS", modules_to_save=["score"]),
+    )
+
+    def ends_of_all(ids: list[int]) -> list[int]:
+        real = [place for place, token in enumerate(ids) if token != 0]
+        return [real[0], real[-2], real[-1]]
+
+    train(trainer).check(ends_of_all)
+
+
+def grpo(tmp_path, reft: ReftConfig, **settings) -> Any:
+    return trl.GRPOTrainer(
+        model=chat_model(),
+        reward_funcs=lambda completions, **_: [float(n % 2) for n in range(len(completions))],
+        args=arguments(trl.GRPOConfig, tmp_path, num_generations=2, max_completion_length=6, beta=0.1, **settings),
+        train_dataset=preferences(prompt=[chat(q) for q, _ in PAIRS]),
+        processing_class=tokenizer(),
+        peft_config=reft,
+    )
+
+
+def test_grpo(tmp_path):
+    """Its rollouts edit, in their prefill, what the training forwards edit; its reference edits nothing."""
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    trainer = grpo(tmp_path, config(response_template=OPENING, tokenizer_name_or_path=str(tmp_path / "tokenizer")))
+    watch = train(trainer)
+    watch.check(f1_l2)
+    decoding = [edited for ids, edited in watch.forwards if len(ids[0]) == 1]
+    assert decoding and not any(any(rows) for rows in decoding)
+    assert sum(watch.edits) >= 4
+
+
+def test_grpo_without_a_template(tmp_path):
+    if PASSES_LABELS:
+        train(grpo(tmp_path, config())).check(f1_l2)
+    else:
+        with pytest.raises(ValueError, match="training batch without labels.*response_template"):
+            grpo(tmp_path, config()).train()
