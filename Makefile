@@ -5,7 +5,9 @@ STACK ?= axolotl
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
-VENV = .venv-$(STACK)
+# A folder for each stack and each Python, so that another interpreter leaves an environment alone.
+SERIES := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VENV = .venv-$(STACK)-$(SERIES)
 BIN = $(CURDIR)/$(VENV)/bin
 # More than eight threads or test workers cost memory and gain little with models of this size.
 CORES := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))

@@ -1,0 +1,63 @@
+"""The versions of other libraries that peft_reft is known to work with, and the words for a piece of one that has changed.
+
+transformers_api.py, peft_api.py and accelerate_api.py each list what is relied on in their library. This module knows no library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib import metadata
+
+
+# Oldest first. The test stacks in requirements/ install these; a test compares the two.
+KNOWN_TO_WORK = {
+    "transformers": ("5.16.1", "5.20.1", "5.24.0"),
+    "peft": ("0.20.0", "0.21.2"),
+    "accelerate": ("1.13.0", "1.15.0"),
+    "deepspeed": ("0.19.8",),
+    "axolotl": ("0.19.0", "0.21.0"),
+    "lm_eval": ("0.4.12",),
+}
+
+
+def installed(library: str) -> str:
+    """The installed version of a library, or `"(not installed)"`."""
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def gone(library: str, piece: str) -> str:
+    """The message for a piece of a library that peft_reft relies on and that the installed version does not have.
+
+    Args:
+        library (`str`): The name of the library, as pip knows it.
+        piece (`str`): What is gone: a name with its module, or what an import error says.
+    """
+    known = KNOWN_TO_WORK[library]
+    return (
+        f"peft_reft {installed('peft-reft')} relies on {piece}, and {library} {installed(library)} does not have it as expected. "
+        f"Versions of {library} known to work: {', '.join(known)}. Install the newest of them: pip install "
+        f"'{library}=={known[-1]}'; or upgrade peft-reft. If both are the newest, please report this message."
+    )
+
+
+def require(library: str, *pieces: str) -> None:
+    """Check that pieces of a library are there.
+
+    Args:
+        library (`str`): The name of the library, as pip knows it.
+        pieces (`str`): Each `"module:name"` or `"module:class.attribute"`.
+
+    Raises:
+        RuntimeError: naming the first piece that is not there, and the versions known to work.
+    """
+    for piece in pieces:
+        module_name, _, path = piece.partition(":")
+        try:
+            found = importlib.import_module(module_name)
+            for name in path.split("."):
+                found = getattr(found, name)
+        except (ImportError, AttributeError) as error:
+            raise RuntimeError(gone(library, piece.replace(":", "."))) from error
