@@ -28,3 +28,17 @@ install_torch() {
     fi
     "$venv/bin/uv" pip install --python "$venv/bin/python" "$torch"
 }
+
+# install_newest_torch VENV REQUIREMENTS [PIP OPTIONS]: the newest CPU build that $TORCH_CPU_INDEX has; where it can't be reached, or there is
+# a GPU, the choice that install_torch makes of the pinned version.
+install_newest_torch() {
+    local venv=$1 requirements=$2
+    shift 2
+    torch_build=$(wanted_torch_build)
+    if [ "$torch_build" = cpu ]; then
+        "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off --retries 2 --timeout 30 "$@" torch \
+            --index-url "$TORCH_CPU_INDEX" && return
+        printf 'no CPU builds at %s: torch as it is pinned ... ' "$TORCH_CPU_INDEX" >&3
+    fi
+    install_torch "$venv" "$torch_build" "$requirements"
+}

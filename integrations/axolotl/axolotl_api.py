@@ -87,7 +87,9 @@ def build_base_as_for_lora() -> None:
         try:
             loaded = load(loader)
             if cfg.adapter != adapter:  # LoRA itself was trained in ReFT's place
-                raise RuntimeError(gone("axolotl", f"ModelLoader.load's call of the hook pre_lora_load, for adapter: {adapter},"))
+                raise RuntimeError(
+                    gone("axolotl", f"ModelLoader.load's call of the hook pre_lora_load, for adapter: {adapter},")
+                )
             return loaded
         finally:
             cfg.adapter = adapter
