@@ -1,11 +1,21 @@
 # Everything starts here: each target makes the virtual environment that it needs, and says what is missing if it can't.
-# Variables: STACK=axolotl|newest, PYTHON=python3, PYTEST_ARGS="-k positions".
+# Variables: STACK=axolotl|newest, PYTHON=python3 (which also chooses axolotl: 0.21 on Python 3.12 or newer, 0.19 before),
+# PYTEST_ARGS="-k positions", TESTS=all|stack, CANARY_PRE=1.
 
 STACK ?= axolotl
 PYTHON ?= python3
 PYTEST_ARGS ?=
+TESTS ?= all
+# What can differ between stacks: what needs axolotl or has parts that do, and what stands on private or moving parts of PEFT,
+# transformers and TRL. The rest is about ReFT's own arithmetic and files, and is shown once, on the newest stack.
+tests_named = $(wildcard $(addprefix tests/*/test_,$(addsuffix .py,$(1))))
+STACK_TESTS = $(call tests_named,axolotl axolotl_versions recipes packing evaluation switching positions prompts templates \
+	properties generation transformers_api trainer trl peft loading checkpointing mixed_batches quantized transformers)
+CANARY_TESTS = $(call tests_named,positions properties generation trainer *_api)
 BENCH_ARGS ?=
-VENV = .venv-$(STACK)
+# A folder for each stack and each Python, so that another interpreter leaves an environment alone.
+SERIES := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VENV = .venv-$(STACK)-$(SERIES)
 BIN = $(CURDIR)/$(VENV)/bin
 # More than eight threads or test workers cost memory and gain little with models of this size.
 CORES := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
@@ -15,11 +25,12 @@ export HF_HUB_OFFLINE = 1
 export AXOLOTL_DO_NOT_TRACK = 1
 export PYTHON
 
-.PHONY: help env quickstart test bench lint format clean
+.PHONY: help env quickstart test canary bench lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## say what there is
 	@echo "make TARGET [STACK=axolotl|newest] [PYTHON=python3] [PYTEST_ARGS=...]"
+	@echo "  STACK=axolotl is axolotl 0.21 on Python 3.12 or newer, and 0.19 on 3.10 and 3.11; STACK=newest has no axolotl"
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
 
 env:  ## make the virtual environment of STACK, unless it is up to date
@@ -27,7 +38,7 @@ env:  ## make the virtual environment of STACK, unless it is up to date
 
 # Training one small model on twelve examples: one GPU is enough, and two would change the batch.
 quickstart: override STACK = axolotl
-quickstart: export PATH := $(CURDIR)/.venv-axolotl/bin:$(PATH)
+quickstart: export PATH := $(CURDIR)/.venv-axolotl-$(SERIES)/bin:$(PATH)
 quickstart: export OMP_NUM_THREADS = $(CORES)
 # On a machine that does something else too, threads that wait by spinning make a step several times slower.
 quickstart: export OMP_WAIT_POLICY = passive
@@ -50,9 +61,12 @@ quickstart: env  ## train LoReFT on a dozen examples, and show answers before an
 	@echo; echo "== Quickstart 3/3: answers to prompts that were not in training"
 	@python examples/compare.py $(NOISE_ASIDE)
 
-test: lint  ## check the code, then run the tests on STACK
-	@echo "== pytest, stack $(STACK)"
-	@OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" pytest -n $(CORES) --dist worksteal $(PYTEST_ARGS)
+test: lint  ## check the code, then run the tests on STACK (TESTS=stack: those that can differ between stacks)
+	@echo "== pytest, stack $(STACK) on Python $(SERIES), $(TESTS) tests"
+	@OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" pytest -n $(CORES) --dist worksteal $(if $(filter stack,$(TESTS)),$(STACK_TESTS)) $(PYTEST_ARGS)
+
+canary:  ## run the central tests on the newest release of everything, unpinned, and say which one breaks them (CANARY_PRE=1: pre-releases)
+	@$(PYTHON) scripts/canary.py --workers $(CORES) $(if $(CANARY_PRE),--pre) $(CANARY_TESTS)
 
 lint: env  ## ruff and mypy
 	@echo "== ruff and mypy, stack $(STACK)"
@@ -62,7 +76,6 @@ lint: env  ## ruff and mypy
 
 # BENCH_ARGS="--pyreft .../bin/python --adapters .../bin/python" measures those too. On a GPU: "python -m benchmarks gpu".
 bench: override STACK = newest
-bench: override VENV = .venv-newest
 bench: env  ## measure training steps, memory, inference and scaling, into outputs/benchmarks
 	@$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python -e ".[bench]"
 	@$(VENV)/bin/python -m benchmarks step $(BENCH_ARGS)
@@ -74,4 +87,4 @@ format: env  ## let ruff mend what it can
 	@$(BIN)/ruff format .
 
 clean:  ## remove the environments, outputs and caches
-	rm -rf .venv-axolotl .venv-newest outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv-axolotl* .venv-newest* .venv-canary outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,6 @@
 """The versions of other libraries that peft_reft is known to work with, and the words for a piece of one that has changed.
 
-transformers_api.py, peft_api.py and accelerate_api.py each list what is relied on in their library. This module knows no library.
+transformers_api.py, peft_api.py, engines_api.py and those of the integrations each list what is relied on in their library. This module knows no library.
 """
 
 from __future__ import annotations

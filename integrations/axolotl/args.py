@@ -68,6 +68,14 @@ class ReftArgs(BaseModel):
     # What `--debug` sets. axolotl keeps a key only if something declares it, and overwrites a YAML's own with the flag.
     debug: bool | None = Field(default=None, description="Log the edited tokens of a training batch.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def check_loading(cls, data: Any) -> Any:
+        """Before axolotl's own checks, whose ways out are for LoRA."""
+        if isinstance(data, dict) and is_reft(data.get("adapter")) and data.get("load_in_4bit"):
+            _check_base_can_be_loaded(data)
+        return data
+
     @model_validator(mode="after")
     def check_reft(self) -> ReftArgs:
         adapter = getattr(self, "adapter", None)
@@ -118,6 +126,23 @@ def _check_prompts_are_known(cfg: Any, config: ReftConfig) -> None:
         raise ValueError(
             f"rl: {getattr(rl, 'value', rl)} gives the model no labels and no key that a collator adds, so nothing says where "
             f"prompts end, and ReFT edits tokens of the prompt. For this trainer, {ways_out}."
+        )
+
+
+def _check_base_can_be_loaded(data: dict) -> None:
+    """Ways of loading a 4-bit base that axolotl has for the adapter name qlora alone stop here, with a way that ReFT has."""
+    if data.get("nf4_backend") == "torchao":
+        raise ValueError(
+            f"nf4_backend: torchao is for adapter: qlora alone, not for adapter: {data['adapter']}. Remove nf4_backend: "
+            "bitsandbytes, the default, quantizes the base to 4 bits of the same kind (NF4)."
+        )
+    fsdp = data.get("fsdp_config") or {}
+    if fsdp.get("cpu_ram_efficient_loading") or fsdp.get("fsdp_cpu_ram_efficient_loading"):
+        raise ValueError(
+            "fsdp_config: cpu_ram_efficient_loading: true with load_in_4bit: true is for adapter: qlora alone (from axolotl 0.21 on; "
+            f"before, for none), not for adapter: {data['adapter']}, and qlora_sharded_model_loading: true does not change that. Set "
+            "fsdp_config: cpu_ram_efficient_loading: false: every process then loads and quantizes the base by itself. Or keep "
+            "it, and remove load_in_4bit."
         )
 
 

@@ -1,26 +1,29 @@
-"""The axolotl plugin: declares the adapters, and loads them as axolotl loads LoRA."""
+"""The axolotl plugin: declares the adapters, and loads them as axolotl loads LoRA.
+
+axolotl 0.21 and newer import this module for every run in an environment that has it, whatever the adapter: it does nothing, and imports
+nothing of axolotl's loaders, unless the adapter is one of ours.
+"""
 
 from __future__ import annotations
 
-import functools
 import io
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from axolotl.integrations.base import AdapterCapabilities, BasePlugin
-from axolotl.loaders import load_tokenizer
-from axolotl.loaders.adapter import _get_peft_task_type
-from axolotl.loaders.model import ModelLoader
-from axolotl.utils.dict import DictDefault
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin, PluginManager
 from axolotl.utils.logging import get_logger
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
 from peft_reft import PromptLengthsCollator, ReftConfig, explain_positions
 from peft_reft.interventions import INTERVENTIONS
 from peft_reft.templates import TextTemplate
 
+from . import axolotl_api
 from .args import is_reft, meaningless_keys, reft_config
 
+
+if TYPE_CHECKING:
+    from axolotl.utils.dict import DictDefault
 
 # A name below axolotl's own, for its log level to hold: other libraries' are shown from warnings up.
 LOG = get_logger("axolotl.integrations.reft")
@@ -29,17 +32,18 @@ LOG = get_logger("axolotl.integrations.reft")
 class ReftPlugin(BasePlugin):
     """Makes `adapter: loreft` (noreft, direft, nodireft, consreft, lobireft) work wherever `adapter: lora` does."""
 
-    def get_input_args(self) -> str:
-        return "peft_reft.integrations.axolotl.ReftArgs"
+    def get_input_args(self) -> str | None:
+        return "peft_reft.integrations.axolotl.ReftArgs" if self._is_first() else None
 
     def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
         return [AdapterCapabilities(name=name) for name in INTERVENTIONS]
 
     def register(self, cfg: DictDefault) -> None:
         """Take out the LoRA keys that say nothing to ReFT, and name them."""
-        _build_base_as_for_lora()
         if not is_reft(cfg.get("adapter")):
             return
+        axolotl_api.check_axolotl()
+        axolotl_api.build_base_as_for_lora()
         ignored = meaningless_keys(cfg)
         if ignored:
             LOG.warning("adapter: %s has no use for these LoRA keys, ignored: %s", cfg["adapter"], ", ".join(ignored))
@@ -48,12 +52,11 @@ class ReftPlugin(BasePlugin):
 
     def pre_lora_load(self, cfg: DictDefault, model: PreTrainedModel) -> None:
         """The base model is built: go by the adapter's own name again, for it to be loaded by this plugin."""
-        if cfg._reft_adapter:
-            cfg.adapter = cfg._reft_adapter
+        axolotl_api.own_name_again(cfg)
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Any) -> list:
         """The trainer is there, with its data: tell it where prompts end, and, asked to, show it."""
-        if is_reft(cfg.adapter):
+        if is_reft(cfg.adapter) and self._is_first():
             config = reft_config(cfg)
             if cfg.rl and config.response_template is None and not config.spec.all_tokens:
                 trainer.data_collator = PromptLengthsCollator(trainer.data_collator)
@@ -66,9 +69,12 @@ class ReftPlugin(BasePlugin):
     ) -> tuple[PeftModel | None, PeftConfig] | None:
         if not is_reft(cfg.adapter):
             return None
-        config = reft_config(cfg, _get_peft_task_type(model))
+        config = reft_config(cfg, axolotl_api.task_type(model))
         if isinstance(config.response_template, str):
             _check_template(config.response_template, config, cfg)
+        if cfg.seed is not None and not cfg.lora_model_dir:
+            # As axolotl 0.21 does for LoRA: the adapter starts from the seed, whatever was drawn before.
+            set_seed(cfg.seed)
         if config_only:
             return None, config
         options: dict[str, Any] = {}
@@ -84,35 +90,10 @@ class ReftPlugin(BasePlugin):
         adapted.print_trainable_parameters()
         return adapted, config
 
-
-def _build_base_as_for_lora() -> None:
-    """Have axolotl build the base model of a ReFT adapter as it builds LoRA's.
-
-    axolotl quantizes the base, and prepares a quantized one for training, for the adapter names lora and qlora only: with
-    any other, `load_in_4bit: true` is dropped in silence. No hook of its plugins comes early enough to mend that. So
-    ReFT goes by the name of its like from the start of `ModelLoader.load` to `pre_lora_load`, and gets just what LoRA
-    gets, in later versions too. Done once, when the plugin is registered; other adapters are not touched.
-    """
-    load = ModelLoader.load
-    if hasattr(load, "_serves_reft"):
-        return
-
-    @functools.wraps(load)
-    def load_by_name(loader: ModelLoader) -> Any:
-        cfg = loader.cfg
-        adapter = cfg.adapter
-        if not is_reft(adapter):
-            return load(loader)
-        cfg._reft_adapter = adapter
-        cfg.adapter = "qlora" if cfg.load_in_4bit else "lora"
-        try:
-            return load(loader)
-        finally:
-            cfg.adapter = adapter
-
-    load_by_name._serves_reft = True  # type: ignore[attr-defined]
-    loading: Any = ModelLoader
-    loading.load = load_by_name
+    def _is_first(self) -> bool:
+        """False for a second one: a YAML may name by another path what axolotl found among the installed packages."""
+        plugins = PluginManager.get_instance().plugins.values()
+        return next((plugin for plugin in plugins if isinstance(plugin, ReftPlugin)), self) is self
 
 
 def _show_positions(trainer: Any) -> None:
@@ -125,7 +106,7 @@ def _show_positions(trainer: Any) -> None:
 
 def _check_template(text: str, config: ReftConfig, cfg: DictDefault) -> None:
     """An adapter finds its template by the tokenizer that its config names. axolotl may have added tokens to it."""
-    ids = load_tokenizer(cfg)(text, add_special_tokens=False)["input_ids"]
+    ids = axolotl_api.tokenizer_of(cfg)(text, add_special_tokens=False)["input_ids"]
     saved = TextTemplate(text, AutoTokenizer.from_pretrained(config.tokenizer_name_or_path or cfg.base_model))
     if not saved.occurs_in(ids):
         raise ValueError(
