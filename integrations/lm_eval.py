@@ -26,7 +26,11 @@ import peft_reft  # noqa: F401 - makes PEFT know ReFT
 from peft_reft.batch import Batch, Rules, locate
 from peft_reft.context import ForwardContext
 from peft_reft.layer import ReftLayer
+from peft_reft.versions import require
 
+
+# Of the harness's model for transformers: what is wrapped, and what is asked of it.
+RELIED_ON = ("_loglikelihood_tokens", "loglikelihood_rolling", "tok_encode", "max_length", "_model_call")
 
 try:
     from lm_eval.models.huggingface import HFLM
@@ -99,9 +103,14 @@ def told_prompts(model: nn.Module, length: int | None) -> Iterator[None]:
 
 
 def install() -> None:
-    """Tell the prompts of likelihood requests to ReFT, in every model of the harness that is one of transformers'."""
+    """Tell the prompts of likelihood requests to ReFT, in every model of the harness that is one of transformers'.
+
+    Raises:
+        RuntimeError: naming the piece of the harness that is gone, and the versions known to work.
+    """
     if getattr(HFLM, "_tells_reft", False):
         return
+    require("lm_eval", *(f"lm_eval.models.huggingface:HFLM.{name}" for name in RELIED_ON))
     score, score_rolling = HFLM._loglikelihood_tokens, HFLM.loglikelihood_rolling
 
     def _loglikelihood_tokens(

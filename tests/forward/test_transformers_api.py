@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from models import CACHE, CACHES, DECODERS, GROUPED, build, prompts, randomize
+from paths import REPOSITORY
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor
@@ -363,6 +364,17 @@ def test_every_method_that_stands_in_for_one_of_pefts_is_listed(ours, theirs):
     listed = {*peft_api.OVERRIDDEN[theirs.__name__], *peft_api.SINCE_0_21}
     assert methods - listed == set()
     assert set(peft_api.OVERRIDDEN[theirs.__name__]) <= set(vars(theirs))
+
+
+def test_the_versions_that_are_known_to_work_are_those_that_the_stacks_install():
+    pins: dict[str, set[str]] = {}
+    for file in (REPOSITORY / "requirements").glob("*.txt"):
+        for library, version in re.findall(r"^([A-Za-z_-]+)==(\S+)", file.read_text(), re.MULTILINE):
+            pins.setdefault(library.replace("-", "_"), set()).add(version)
+    for library, known in versions.KNOWN_TO_WORK.items():
+        if library != "lm_eval":  # comes with axolotl
+            assert set(known) == pins[library], library
+        assert list(known) == sorted(known, key=lambda text: [int(part) for part in text.split(".")])
 
 
 def test_checks_cost_less_than_five_milliseconds(unchecked):

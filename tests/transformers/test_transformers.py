@@ -8,6 +8,7 @@ import inspect
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
 import transformers as t
@@ -38,9 +39,28 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file
+from transformers.integrations import peft as integration
 from transformers.integrations.peft import PeftAdapterMixin
 
 from peft_reft import ReftConfig, ReftLayer
+
+
+OLDEST_PEFT = integration.MIN_PEFT_VERSION
+
+
+@pytest.fixture(autouse=True)
+def installed_peft_is_new_enough(monkeypatch):
+    """transformers 5.24.0 asks for PEFT 0.22.0, which is not released, with the code of 5.23.0, which asked for 0.20.0. What is behind
+    that gate is tested all the same."""
+    monkeypatch.setattr(integration, "MIN_PEFT_VERSION", min(OLDEST_PEFT, peft.__version__))
+
+
+@pytest.mark.skipif(OLDEST_PEFT <= peft.__version__, reason="the installed PEFT is one that transformers takes")
+@pytest.mark.parametrize("settings", [LoraConfig(), ReftConfig()], ids=["lora", "reft"])
+def test_a_peft_that_is_too_old_for_transformers_is_so_for_lora_too(monkeypatch, settings):
+    monkeypatch.setattr(integration, "MIN_PEFT_VERSION", OLDEST_PEFT)
+    with pytest.raises(ValueError, match=f"use a version >= {OLDEST_PEFT}"):
+        build("llama").add_adapter(settings)
 
 
 BATCH = prompts(9, 4, side="left")
