@@ -23,10 +23,10 @@ import torch
 from torch import nn
 
 import peft_reft  # noqa: F401 - makes PEFT know ReFT
-from peft_reft.batch import Batch, Rules, locate
-from peft_reft.context import ForwardContext
-from peft_reft.layer import ReftLayer
-from peft_reft.versions import require
+from peft_reft.tuner.forward.context import ForwardContext
+from peft_reft.tuner.layer import ReftLayer
+from peft_reft.tuner.positions.batch import Batch, Rules, locate
+from peft_reft.tuner.versions import require
 
 
 # Of the harness's model for transformers: what is wrapped, and what is asked of it.

@@ -4,13 +4,13 @@ Importing this package is all it takes: `get_peft_model`, `PeftModel.from_pretra
 `PeftConfig.from_pretrained` then know ReFT as they know LoRA.
 """
 
-from .collator import PromptLengthsCollator
-from .config import ReftConfig
-from .explain import explain_positions
-from .layer import ReftLayer
-from .model import ReftModel
-from .registration import register
-from .resuming import last_complete_checkpoint
+from .tools.collator import PromptLengthsCollator
+from .tools.explain import explain_positions
+from .tools.resuming import last_complete_checkpoint
+from .tuner.config import ReftConfig
+from .tuner.layer import ReftLayer
+from .tuner.model import ReftModel
+from .tuner.peft_type import register
 
 
 __version__ = "0.1.0"

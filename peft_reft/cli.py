@@ -12,11 +12,11 @@ import yaml
 from peft import PeftConfig
 from transformers import AutoTokenizer
 
-from .config import ReftConfig
 from .conversion import Conversion, convert_adapters, convert_pyreft, export_pyreft
 from .evaluation import commands
-from .explain import explain_positions
-from .rows import TEMPLATES, encode_row, pad_rows, read_rows
+from .tools.explain import explain_positions
+from .tools.formats import TEMPLATES, encode_row, pad_rows, read_rows
+from .tuner.config import ReftConfig
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
-from peft_reft.rotation import retract, tangent
+from peft_reft.tuner.interventions.orthogonal import retract, tangent
 
 
 LAYERS, RANK, WIDTH = 30, 8, 576

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from peft_reft import ReftConfig
-from peft_reft.interventions import INTERVENTIONS
+from peft_reft.tuner.interventions.formulas import INTERVENTIONS
 
 
 # LoRA keys that mean for ReFT what they mean for LoRA: the field that each one sets.

@@ -10,8 +10,8 @@ import functools
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from peft_reft.interventions import INTERVENTIONS
-from peft_reft.versions import gone, require
+from peft_reft.tuner.interventions.formulas import INTERVENTIONS
+from peft_reft.tuner.versions import gone, require
 
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
 from peft_reft import PromptLengthsCollator, ReftConfig, explain_positions
-from peft_reft.interventions import INTERVENTIONS
-from peft_reft.templates import TextTemplate
+from peft_reft.tuner.interventions.formulas import INTERVENTIONS
+from peft_reft.tuner.positions.template import TextTemplate
 
 from . import axolotl_api
 from .args import is_reft, meaningless_keys, reft_config

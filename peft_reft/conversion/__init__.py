@@ -10,9 +10,9 @@
 Neither pyreft nor adapters is imported: their files are read and written as they are.
 """
 
-from .adapters import convert_adapters
 from .checkpoint import Conversion
-from .pyreft import convert_pyreft
+from .from_adapters import convert_adapters
+from .from_pyreft import convert_pyreft
 from .to_pyreft import export_pyreft
 
 

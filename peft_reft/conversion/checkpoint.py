@@ -17,18 +17,18 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import ReftConfig
-from ..interventions import INTERVENTIONS
-from ..loading import check_tensors, check_values
-from ..positions import PositionSpec
-from ..targets import find_targets, main_stack
+from ..tuner.config import ReftConfig
+from ..tuner.interventions.formulas import INTERVENTIONS
+from ..tuner.parameters.loading import check_tensors, check_values
+from ..tuner.positions.selection import PositionSpec
+from ..tuner.targets import find_targets, main_stack
+from .base_model import Skeleton
 from .files import new_folder
-from .skeleton import Skeleton
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One set of weights of a module's edit, as the formulas in `peft_reft.interventions` have them.
+    """One set of weights of a module's edit, as the formulas in `peft_reft.tuner.interventions.formulas` have them.
 
     Args:
         R_RD (`torch.Tensor`): [r, D].

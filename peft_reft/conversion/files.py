@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..loading import read
+from ..tuner.parameters.loading import read
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -19,15 +19,15 @@ from peft import PeftConfig, TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
-from ..config import ReftConfig
-from ..interventions import INTERVENTIONS
-from ..loading import NAME_OF_TENSOR, read
+from ..tuner.config import ReftConfig
+from ..tuner.interventions.formulas import INTERVENTIONS
+from ..tuner.parameters.loading import NAME_OF_TENSOR, read
+from .base_model import Skeleton, load_skeleton
 from .checkpoint import Conversion, Edit
-from .components import Place, place_of
 from .files import new_folder
-from .orthogonal import parameters_of
-from .pyreft import BASE, FIELDS, ORIGINAL
-from .skeleton import Skeleton, load_skeleton
+from .from_pyreft import BASE, FIELDS, ORIGINAL
+from .householder import parameters_of
+from .pyvene_places import Place, place_of
 
 
 PREFIX = "base_model.model."

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..rows import read_rows
+from ..tools.formats import read_rows
 from .extras import needs_extra
 from .tasks import Glue, Row, Task
 

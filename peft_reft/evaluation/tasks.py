@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..rows import alpaca_prompt
+from ..tools.formats import alpaca_prompt
 
 
 Row = dict[str, Any]

@@ -30,8 +30,8 @@ from typer.testing import CliRunner
 
 from peft_reft.cli import app
 from peft_reft.conversion import convert_pyreft, export_pyreft
-from peft_reft.conversion.components import Place, place_of
-from peft_reft.conversion.orthogonal import basis_of, parameters_of
+from peft_reft.conversion.householder import basis_of, parameters_of
+from peft_reft.conversion.pyvene_places import Place, place_of
 
 
 TOLERANCE = 1e-6

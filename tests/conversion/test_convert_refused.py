@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_reft import ReftConfig
 from peft_reft.conversion import convert_adapters, convert_pyreft, export_pyreft
-from peft_reft.conversion.components import Place
+from peft_reft.conversion.pyvene_places import Place
 
 
 BASE = str(BASES["llama"])

@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model
 from transformers.activations import ACT2FN
 
 from peft_reft import ReftConfig
-from peft_reft.interventions import INTERVENTIONS
+from peft_reft.tuner.interventions.formulas import INTERVENTIONS
 
 
 END = 2

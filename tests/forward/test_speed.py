@@ -13,18 +13,18 @@ from models import blocks, build, labelled, prompts, randomize, weight
 from paths import REPOSITORY
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-import peft_reft.checks
-import peft_reft.weights
+import peft_reft.tuner.parameters.stacked
+import peft_reft.tuner.positions.deferred_checks
 from peft_reft import ReftConfig
-from peft_reft.batch import Rules
-from peft_reft.checks import Checks
-from peft_reft.editing import Edit, _AddToRows, edit_rows
-from peft_reft.interventions import INTERVENTIONS, EditWeights, activation
-from peft_reft.layer import ReftLayer
-from peft_reft.positions import PositionSpec, Selection
-from peft_reft.rotation import retracted
-from peft_reft.selecting import Call, Selector
-from peft_reft.templates import IdTemplate
+from peft_reft.tuner.forward.selector import Call, Selector
+from peft_reft.tuner.interventions.apply import Edit, _AddToRows, edit_rows
+from peft_reft.tuner.interventions.formulas import INTERVENTIONS, EditWeights, activation
+from peft_reft.tuner.interventions.orthogonal import retracted
+from peft_reft.tuner.layer import ReftLayer
+from peft_reft.tuner.positions.batch import Rules
+from peft_reft.tuner.positions.deferred_checks import Checks
+from peft_reft.tuner.positions.selection import PositionSpec, Selection
+from peft_reft.tuner.positions.template import IdTemplate
 
 
 def adapted(name: str = "llama", **settings) -> PeftModel:
@@ -81,7 +81,7 @@ def queueing(monkeypatch):
         def synchronize(self):
             waited.append("waited")
 
-    monkeypatch.setattr(peft_reft.checks.torch, "Event", Event)
+    monkeypatch.setattr(peft_reft.tuner.positions.deferred_checks.torch, "Event", Event)
     return waited
 
 
@@ -218,13 +218,13 @@ def test_a_forward_between_two_generations_is_no_decode_step():
 @pytest.fixture
 def prepared(monkeypatch):
     """How often weights are prepared for inference."""
-    calls, plain = [], peft_reft.weights._prepare_without_graph
+    calls, plain = [], peft_reft.tuner.parameters.stacked._prepare_without_graph
 
     def count(layers, adapter_name):
         calls.append(adapter_name)
         return plain(layers, adapter_name)
 
-    monkeypatch.setattr(peft_reft.weights, "_prepare_without_graph", count)
+    monkeypatch.setattr(peft_reft.tuner.parameters.stacked, "_prepare_without_graph", count)
     return calls
 
 
@@ -278,14 +278,14 @@ def test_changed_weights_are_prepared_anew(how):
 
 def test_what_a_thread_prepares_while_another_makes_a_step_is_not_kept(monkeypatch):
     model = adapted().eval()
-    context, plain = model.base_model._context, peft_reft.weights._prepare_without_graph
+    context, plain = model.base_model._context, peft_reft.tuner.parameters.stacked._prepare_without_graph
 
     def overtaken(layers, adapter_name):
         found = plain(layers, adapter_name)
         context.forget_weights()
         return found
 
-    monkeypatch.setattr(peft_reft.weights, "_prepare_without_graph", overtaken)
+    monkeypatch.setattr(peft_reft.tuner.parameters.stacked, "_prepare_without_graph", overtaken)
     with torch.no_grad():
         model(**prompts(9))
         monkeypatch.undo()

@@ -11,7 +11,8 @@ import torch
 from models import build, labelled, prompts, randomize, weight
 from peft import PeftModel, get_peft_model
 
-from peft_reft import ReftConfig, rotation
+from peft_reft import ReftConfig
+from peft_reft.tuner.interventions import orthogonal
 
 
 def adapted(**settings) -> PeftModel:
@@ -91,7 +92,7 @@ def test_one_thread_makes_a_basis_orthonormal_again_and_the_other_waits(monkeypa
         for layer in layers:
             weight(layer, "R").add_(0.1)
     expected = [weight(layer, "R").detach().clone() for layer in layers]
-    retract, calls = rotation.retract, []
+    retract, calls = orthogonal.retract, []
     retract(expected)
 
     def slowly(bases):
@@ -100,7 +101,7 @@ def test_one_thread_makes_a_basis_orthonormal_again_and_the_other_waits(monkeypa
         threading.Event().wait(0.2)
         retract(bases)
 
-    monkeypatch.setattr(rotation, "retract", slowly)
+    monkeypatch.setattr(orthogonal, "retract", slowly)
     first, second = at_once(*[lambda: forward(model, **BATCHES[0])] * 2)
     assert len(calls) == 1
     assert all(torch.equal(weight(layer, "R"), R) for layer, R in zip(layers, expected))

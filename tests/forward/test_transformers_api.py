@@ -20,8 +20,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 from transformers.models.auto import modeling_auto
 from transformers.utils import ModelOutput
 
-from peft_reft import ReftConfig, ReftLayer, ReftModel, engines_api, peft_api, transformers_api, versions
-from peft_reft.transformers_api import STATELESS, STATES, UnknownState, find_past
+from peft_reft import ReftConfig, ReftLayer, ReftModel
+from peft_reft.tuner import engines_api, peft_api, versions
+from peft_reft.tuner.forward import transformers_api
+from peft_reft.tuner.forward.transformers_api import STATELESS, STATES, UnknownState, find_past
 
 
 # -- the next rename -----------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from peft_reft import ReftConfig
-from peft_reft.interventions import INTERVENTIONS
-from peft_reft.rotation import retract, tangent
+from peft_reft.tuner.interventions.formulas import INTERVENTIONS
+from peft_reft.tuner.interventions.orthogonal import retract, tangent
 
 
 def edit_plainly(name, h, R, W, b, act):

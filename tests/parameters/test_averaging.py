@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.optim.swa_utils import AveragedModel
 
-from peft_reft import ReftConfig, ReftLayer, rotation
+from peft_reft import ReftConfig, ReftLayer
+from peft_reft.tuner.interventions import orthogonal
 
 
 BATCH = prompts(9, 4)
@@ -160,8 +161,8 @@ def test_nothing_is_written_between_a_forward_and_its_backward(between):
 
 def test_a_state_dict_is_one_batch(monkeypatch):
     model, sizes = adapted(), []
-    retracted = rotation.retracted
-    monkeypatch.setattr(rotation, "retracted", lambda bases: sizes.append(len(bases)) or retracted(bases))
+    retracted = orthogonal.retracted
+    monkeypatch.setattr(orthogonal, "retracted", lambda bases: sizes.append(len(bases)) or retracted(bases))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     for _ in range(2):
         model(**labelled(9, 4, prompt=3, seed=0)).loss.backward()

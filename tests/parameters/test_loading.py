@@ -31,9 +31,9 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from peft_reft import ReftConfig, ReftLayer
-from peft_reft.interventions import INTERVENTIONS
-from peft_reft.loading import CONVERSION, ORTHONORMAL_TOLERANCE
-from peft_reft.rotation import retract
+from peft_reft.tuner.interventions.formulas import INTERVENTIONS
+from peft_reft.tuner.interventions.orthogonal import retract
+from peft_reft.tuner.parameters.loading import CONVERSION, ORTHONORMAL_TOLERANCE
 
 
 BATCH = prompts(9, 4)

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from peft_reft import ReftConfig
 from peft_reft.conversion import export_pyreft
-from peft_reft.conversion.components import ARCHITECTURES, path_of
-from peft_reft.positions import PositionSpec, first_and_last
-from peft_reft.prompts import Prompts
+from peft_reft.conversion.pyvene_places import ARCHITECTURES, path_of
+from peft_reft.tuner.positions.prompts import Prompts
+from peft_reft.tuner.positions.selection import PositionSpec, first_and_last
 
 
 PYTHON = os.environ.get("PYREFT_PYTHON")

@@ -25,7 +25,7 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 
 from peft_reft import ReftConfig, ReftLayer, ReftModel
-from peft_reft.registration import register
+from peft_reft.tuner.peft_type import register
 
 
 BATCH = prompts(9, 4)

@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 
-from peft_reft.batch import Batch, Rules, locate
-from peft_reft.positions import PositionSpec, masks_from_intervention_mask, select
+from peft_reft.tuner.positions.batch import Batch, Rules, locate
+from peft_reft.tuner.positions.selection import PositionSpec, masks_from_intervention_mask, select
 
 
 def plainly(prompt: list[int], spec: PositionSpec) -> tuple[list[int], list[int]]:

@@ -8,7 +8,7 @@ from models import build, prompts, randomize, weight
 from peft import PeftModel, get_peft_model
 
 from peft_reft import ReftConfig, ReftLayer
-from peft_reft.interventions import INTERVENTIONS
+from peft_reft.tuner.interventions.formulas import INTERVENTIONS
 
 
 GROUPS = {"style": 2, "facts": 3, "tone": 1}

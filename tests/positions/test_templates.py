@@ -12,7 +12,7 @@ from models import chat_model, tokenizer
 from peft import PeftModel, get_peft_model
 
 from peft_reft import ReftConfig
-from peft_reft.templates import IdTemplate, TextTemplate
+from peft_reft.tuner.positions.template import IdTemplate, TextTemplate
 
 
 TEMPLATES = ["<|im_start|>assistant\n", "### Response:", "### Response:\n", "\n\nanswer is ", "答：", "aab"]

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from peft_reft import ReftConfig, ReftLayer
-from peft_reft.interventions import INTERVENTIONS
+from peft_reft.tuner.interventions.formulas import INTERVENTIONS
 
 
 BATCH = prompts(9, 4)

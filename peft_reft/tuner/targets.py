@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from .config import ReftConfig
+from .forward.transformers_api import block_names, encoder_of, text_config
 from .peft_api import BaseTunerLayer, NoMatchingModule, check_target_module_exists, get_pattern_key
-from .transformers_api import block_names, encoder_of, text_config
 
 
 @dataclass(frozen=True)

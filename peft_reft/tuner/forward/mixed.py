@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .peft_api import AuxiliaryTrainingWrapper
+from ..peft_api import AuxiliaryTrainingWrapper
 
 
 BASE = "__base__"  # PEFT's name for no adapter

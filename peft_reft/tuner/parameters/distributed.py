@@ -1,7 +1,7 @@
 """Bases whose values an engine keeps: FSDP2 as shards, DeepSpeed's ZeRO as partitions of a copy in float32.
 
 This module knows how a parameter of such an engine is recognised, assembled and written back. How a basis is made orthonormal
-is rotation.py's.
+is orthogonal.py's.
 
 What a forward reads of such a parameter is a copy that the engine fills anew each time, so that a retraction of it would be lost.
 And who saves may be one process alone, or an engine that does not ask the module. So a kept basis is retracted at the end of the
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from . import rotation
-from .engines_api import is_in_zero, splits_sequences
+from ..engines_api import is_in_zero, splits_sequences
+from ..interventions import orthogonal
 
 
 def is_distributed() -> bool:
@@ -103,7 +103,7 @@ def _retract_sharded(bases: list[Any]) -> None:
         layout = {"shape": basis.shape, "stride": basis.stride()}
         on_device = DTensor.from_local(shard, mesh, basis.placements, run_check=False, **layout)
         gathering.append(on_device.redistribute(placements=[Replicate()] * mesh.ndim, async_op=True))
-    retracted = rotation.retracted([gathered.full_tensor() for gathered in gathering])
+    retracted = orthogonal.retracted([gathered.full_tensor() for gathered in gathering])
     for basis, gathered, value in zip(bases, gathering, retracted):
         whole = DTensor.from_local(value.contiguous(), basis.device_mesh, gathered.placements, run_check=False)
         basis.to_local().copy_(whole.redistribute(placements=basis.placements).to_local())
@@ -112,7 +112,7 @@ def _retract_sharded(bases: list[Any]) -> None:
 def _retract_in_zero(bases: list[Any]) -> None:
     from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
 
-    retracted = rotation.retracted([safe_get_full_fp32_param(basis) for basis in bases])
+    retracted = orthogonal.retracted([safe_get_full_fp32_param(basis) for basis in bases])
     for basis, value in zip(bases, retracted):
         if not hasattr(basis, "ds_tensor"):
             safe_set_full_fp32_param(basis, value)

@@ -10,25 +10,19 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from torch import nn
 
-from .batch import Rules
 from .config import ReftConfig
-from .context import ForwardContext
 from .engines_api import check_accelerate, has_hook
+from .forward.context import ForwardContext
+from .forward.mixed import mixed_modules_to_save
+from .forward.transformers_api import AutoTokenizer, Conv1D, can_generate, check_transformers, encoder_of, eos_token_id
 from .layer import ReftLayer
-from .loading import check_names
 from .merging import quantization_backend, refuse_shared_weights, warn_of_new_biases
-from .mixed import mixed_modules_to_save
-from .peft_api import (
-    AuxiliaryTrainingWrapper,
-    BaseTuner,
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
-    check_peft,
-)
-from .registration import NAME
-from .sharding import refuse_sharded_base
+from .parameters.distributed import refuse_sharded_base
+from .parameters.loading import check_names
+from .peft_api import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers, check_peft
+from .peft_type import NAME
+from .positions.batch import Rules
 from .targets import Target, find_targets, not_a_target, target_of
-from .transformers_api import AutoTokenizer, Conv1D, can_generate, check_transformers, encoder_of, eos_token_id
 
 
 # TRL's preference trainers, given a PeftModel, add an adapter "ref" and copy weights to it by names with ".default." in them.

@@ -15,17 +15,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import nested, saving
-from .bases import Bases, retract_stale
+from . import nested
 from .config import ReftConfig
-from .editing import Edit, delta, edit_rows
 from .engines_api import has_hook, hooked_device, remove_hook_from_module
-from .interventions import INTERVENTIONS, WEIGHT_DTYPES, EditWeights, Intervention, activation, initialize
+from .forward import saving
+from .forward.plan import Job, Jobs
+from .forward.transformers_api import Conv1D
+from .interventions.apply import Edit, delta, edit_rows
+from .interventions.formulas import INTERVENTIONS, WEIGHT_DTYPES, EditWeights, Intervention, activation, initialize
 from .merging import MergedEdit, merge_edit, obstacle, unmerge_edit
+from .parameters.bases import Bases, retract_stale
 from .peft_api import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from .plan import Job, Jobs
-from .positions import Selection
-from .transformers_api import Conv1D
+from .positions.selection import Selection
 
 
 class CallState(Protocol):
@@ -52,7 +53,7 @@ class SelectionSource(Protocol):
 class ReftLayer(nn.Module, BaseTunerLayer):
     """Adds h + Rᵀc to the selected rows h of a module's output.
 
-    For LoReFT, c = Wh + b − Rh (arXiv 2404.03592, section 3.2); `peft_reft.interventions` has the six. Parameters,
+    For LoReFT, c = Wh + b − Rh (arXiv 2404.03592, section 3.2); `peft_reft.tuner.interventions.formulas` has the six. Parameters,
     float32 unless told otherwise: `reft_R` [G, r, D], `reft_W` [G, r, D] and `reft_b` [G, r], where G is 1 or, for
     first and last tokens with weights of their own, 2. The edit is computed in their dtype and goes back in the base's.
 

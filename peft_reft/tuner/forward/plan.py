@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .editing import Edit
-from .interventions import EditWeights
+from ..interventions.apply import Edit
+from ..interventions.formulas import EditWeights
+from ..parameters.stacked import Prepared, layer_weights
+from ..positions.selection import Rows, Selection
 from .mixed import MixedBatch
-from .positions import Rows, Selection
-from .weights import Prepared, layer_weights
 
 
 if TYPE_CHECKING:
-    from .layer import ReftLayer
+    from ..layer import ReftLayer
 
 
 @dataclass

@@ -18,13 +18,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..interventions import INTERVENTIONS
-from ..positions import POSITION_EXAMPLES, PositionSpec
+from ..tuner.interventions.formulas import INTERVENTIONS
+from ..tuner.positions.selection import POSITION_EXAMPLES, PositionSpec
+from .base_model import load_skeleton
 from .checkpoint import Checkpoint, Conversion, Edit, settle, write_adapter
-from .components import Place
 from .files import read_json, read_tensors
-from .orthogonal import basis_of
-from .skeleton import load_skeleton
+from .householder import basis_of
+from .pyvene_places import Place
 
 
 # Fields of a place in config.json, in pyvene's order. What none of the six interventions use must be empty.

@@ -18,22 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import sharding
+from ..config import ReftConfig
+from ..layer import ReftLayer
+from ..parameters import distributed
+from ..parameters.bases import retract_before_forward, watch_steps
+from ..parameters.loading import check_state_dict, check_weights
+from ..parameters.stacked import Prepared, PreparedWeights, can_be_prepared, needs_gradient
+from ..positions.batch import Rules
+from ..positions.selection import Selection
 from .backward_stop import BackwardStop
-from .bases import retract_before_forward, watch_steps
-from .batch import Rules
 from .checkpointing import bind_checkpoints, unbind_checkpoints
-from .config import ReftConfig
 from .generation import Generation, given_input, given_prompts, refuse_unknown_prompts
-from .layer import ReftLayer
-from .loading import check_state_dict, check_weights
 from .mixed import MixedBatch
 from .plan import Job, Jobs, plan, with_own_weights
-from .positions import Selection
 from .saving import watch_saving
-from .selecting import Call, Selector
+from .selector import Call, Selector
 from .transformers_api import encoder_of, forward_parameters
-from .weights import Prepared, PreparedWeights, can_be_prepared, needs_gradient
 
 
 Configs = dict[str, ReftConfig]  # by the adapter's name
@@ -276,8 +276,8 @@ class ForwardContext:
         # DataParallel's copies on other devices have weights of their own, which these layers are not.
         replica = getattr(module, "_is_replica", False)
         in_use = self._in_use(active, in_encoder)
-        if in_use and sharding.is_distributed():
-            sharding.refuse_split_sequences()
+        if in_use and distributed.is_distributed():
+            distributed.refuse_split_sequences()
         by_rules: dict[tuple[Rules, Any], Selection | None] = {}
         for name, config in in_use.items():
             groups = None if config.subspaces is None else tuple(config.subspaces.items())

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .bases import retract_stale
+from ..parameters.bases import retract_stale
 
 
 if TYPE_CHECKING:
+    from ..layer import ReftLayer
     from .context import ForwardContext
-    from .layer import ReftLayer
 
 
 def watch_saving(model: nn.Module, context: ForwardContext) -> list[Any]:

@@ -10,12 +10,12 @@ from typing import Any, Literal, Optional, TypeVar, Union
 
 from peft import PeftConfig, TaskType
 
-from .interventions import INTERVENTIONS
-from .loading import check_file
+from .forward.transformers_api import ACT2FN
+from .interventions.formulas import INTERVENTIONS
+from .parameters.loading import check_file
 from .peft_api import get_pattern_key
-from .positions import PositionSpec
-from .registration import NAME, add_peft_type
-from .transformers_api import ACT2FN
+from .peft_type import NAME, add_peft_type
+from .positions.selection import PositionSpec
 
 
 # The tasks whose labels are answers, and not classes.
@@ -61,7 +61,7 @@ class ReftConfig(PeftConfig):
         r (`int`): Rank: the number of directions of the hidden state that an edit may change. At most the width of the
             edited modules.
         intervention (`str`): The edit: `"loreft"` (default), `"noreft"`, `"direft"`, `"nodireft"`, `"consreft"` or
-            `"lobireft"`. The formulas stand in `peft_reft.interventions`. The paper's DiReFT is `"nodireft"`.
+            `"lobireft"`. The formulas stand in `peft_reft.tuner.interventions.formulas`. The paper's DiReFT is `"nodireft"`.
         positions (`str`): Which tokens to edit: `"f7+l7"` (default) the first 7 and the last 7 tokens of the prompt,
             `"f3"`, `"l1"`, or `"all"` for every token, of the prompt or not.
         share_weights (`bool`): Whether the first and the last tokens share their weights. Says nothing for

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .checks import Checks
-from .config import ANSWERING, ReftConfig
-from .positions import PositionSpec, first_and_last, masks_from_intervention_mask
+from ..config import ANSWERING, ReftConfig
+from ..forward.transformers_api import PACKING, end_ids
+from .deferred_checks import Checks
 from .prompts import (
     IGNORED_LABEL,
     Prompts,
@@ -30,8 +30,8 @@ from .prompts import (
     total_within,
     whole,
 )
-from .templates import IdTemplate, TextTemplate
-from .transformers_api import PACKING, end_ids
+from .selection import PositionSpec, first_and_last, masks_from_intervention_mask
+from .template import IdTemplate, TextTemplate
 
 
 WAYS_OUT = (

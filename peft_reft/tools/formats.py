@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .prompts import IGNORED_LABEL
+from ..tuner.positions.prompts import IGNORED_LABEL
 
 
 ALPACA = (

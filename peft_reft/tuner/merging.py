@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from .engines_api import has_hook
-from .interventions import INTERVENTIONS, WEIGHT_DTYPES, activation, affine_source
+from .forward.transformers_api import Conv1D
+from .interventions.formulas import INTERVENTIONS, WEIGHT_DTYPES, activation, affine_source
 from .peft_api import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
-from .transformers_api import Conv1D
 
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..interventions import INTERVENTIONS
+from ..tuner.interventions.formulas import INTERVENTIONS
+from .base_model import Skeleton, load_skeleton
 from .checkpoint import Checkpoint, Conversion, Edit, settle, write_adapter
 from .files import read_json, read_tensors
-from .orthogonal import basis_of
-from .skeleton import Skeleton, load_skeleton
+from .householder import basis_of
 
 
 # What is read of the settings, and the types it has.

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from . import rotation, sharding
-from .interventions import INTERVENTIONS, EditWeights
+from ..interventions import orthogonal
+from ..interventions.formulas import INTERVENTIONS, EditWeights
+from . import distributed
 
 
 if TYPE_CHECKING:
-    from .layer import ReftLayer
+    from ..layer import ReftLayer
 
 
 Parameters = tuple[nn.Parameter, nn.Parameter | None, nn.Parameter | None]
@@ -36,7 +37,7 @@ def _edit_weights(layer: ReftLayer, adapter_name: str, R: Tensor, W: Tensor | No
     """Those with the settings of a layer, whose parameters these are, or several layers' with one dimension more."""
     intervention = INTERVENTIONS[layer.reft_config[adapter_name].intervention]
     if intervention.orthonormal and torch.is_grad_enabled() and R.requires_grad:
-        R = rotation.tangent(R)
+        R = orthogonal.tangent(R)
     return EditWeights.of(intervention, R, W, b, layer.edit(adapter_name).act)
 
 
@@ -94,7 +95,7 @@ class PreparedWeights:
 
     def of(self, layers: Sequence[ReftLayer], adapter_name: str) -> Prepared:
         """The weights of an adapter in all the layers of an encoder, or of the rest, that have it."""
-        if sharding.is_distributed():  # FSDP2 fills parameters anew without a trace
+        if distributed.is_distributed():  # FSDP2 fills parameters anew without a trace
             return _prepare_without_graph(layers, adapter_name)
         parameters = [one for layer in layers for one in layer.weights(adapter_name) if one is not None]
         age, versions = self._age, [0 if one.is_inference() else one._version for one in parameters]
@@ -116,7 +117,9 @@ def _prepare_without_graph(layers: Sequence[ReftLayer], adapter_name: str) -> Pr
 def can_be_prepared(layers: Sequence[ReftLayer], adapter_name: str) -> bool:
     """Whether the parameters of an adapter hold its weights before the layers run. What an engine keeps, it brings into a layer
     when that runs."""
-    return not sharding.is_distributed() or not any(sharding.is_kept(layer.reft_R[adapter_name]) for layer in layers)
+    return not distributed.is_distributed() or not any(
+        distributed.is_kept(layer.reft_R[adapter_name]) for layer in layers
+    )
 
 
 def needs_gradient(layer: ReftLayer, adapter_name: str) -> bool:

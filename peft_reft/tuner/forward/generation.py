@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .batch import Batch, Located, Rules, locate
-from .positions import Selection, places, select
+from ..positions.batch import Batch, Located, Rules, locate
+from ..positions.selection import Selection, places, select
 from .transformers_api import Past, find_past_of_generate, has_second_prompt, inferred_mask, is_one_token, main_input
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
-from ..transformers_api import encoder_of
+from ..tuner.forward.transformers_api import encoder_of
 
 
 _CLASSES_OF_TASK: dict[TaskType, dict[str, Any]] = {

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .interventions import EditWeights, Intervention, coefficients
-from .positions import Rows
+from ..positions.selection import Rows
+from .formulas import EditWeights, Intervention, coefficients
 
 
 @dataclass(frozen=True)

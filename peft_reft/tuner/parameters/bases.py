@@ -1,9 +1,9 @@
 """The bases of a model's edits: which of them are known to have orthonormal rows, and who changes them.
 
-rotation.py knows matrices; this module knows parameters. A write to one is seen in its version counter, a cast or a move in the
+orthogonal.py knows matrices; this module knows parameters. A write to one is seen in its version counter, a cast or a move in the
 module's `_apply`, and an optimizer's step by a hook that torch calls after it: fused optimizers (Trainer's default), bitsandbytes'
 and DeepSpeed's write past the counter. A basis that has changed is retracted where it is next read or saved; one whose values an
-engine keeps, in the step itself (sharding.py has the reason). What is orthonormal already stays as it is to the bit, so a basis of
+engine keeps, in the step itself (distributed.py has the reason). What is orthonormal already stays as it is to the bit, so a basis of
 which nothing is known costs time, and no precision.
 
 Callbacks that average weights write through `param.data`, which leaves no trace. So where the model is saved or goes from training
@@ -22,13 +22,14 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from . import rotation, sharding
-from .interventions import INTERVENTIONS
+from ..interventions import orthogonal
+from ..interventions.formulas import INTERVENTIONS
+from . import distributed
 
 
 if TYPE_CHECKING:
-    from .context import ForwardContext
-    from .layer import ReftLayer
+    from ..forward.context import ForwardContext
+    from ..layer import ReftLayer
 
 
 class Bases:
@@ -67,8 +68,8 @@ class Bases:
             and (name in doubted or clean.get(name) != _state(basis))
             and self._is_orthonormal(name, basis)
         }
-        if changed and sharding.is_distributed():
-            return {name: basis for name, basis in changed.items() if not sharding.is_kept(basis)}
+        if changed and distributed.is_distributed():
+            return {name: basis for name, basis in changed.items() if not distributed.is_kept(basis)}
         return changed
 
     def only_doubted(self, adapter_name: str) -> bool:
@@ -125,15 +126,15 @@ def retract_stale(layers: Iterable[ReftLayer]) -> None:
         if stale:
             doubted = [basis for bases, name, basis in stale if bases.only_doubted(name)]
             changed = [basis for bases, name, basis in stale if not bases.only_doubted(name)]
-            rotation.retract(changed + [doubted[index] for index in rotation.not_orthonormal(doubted)])
+            orthogonal.retract(changed + [doubted[index] for index in orthogonal.not_orthonormal(doubted)])
             for bases, name, _ in stale:
                 bases.mark_clean(name)
 
 
 def retract_before_forward(model: nn.Module, layers: list[ReftLayer]) -> None:
     """The same for a model that may be one process's part of a larger one."""
-    if sharding.is_distributed() and any(layer.bases.stale() for layer in layers):
-        gathered = sharding.has_gathered_parameters(model)
+    if distributed.is_distributed() and any(layer.bases.stale() for layer in layers):
+        gathered = distributed.has_gathered_parameters(model)
         for layer in layers if gathered else ():
             layer.bases.trust_replaced()
     retract_stale(layers)
@@ -156,15 +157,15 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
     """Hook of all optimizers."""
     _watching[:] = [known for known in _watching if known() is not None]
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    distributed = sharding.is_distributed()
+    several = distributed.is_distributed()
     kept = []
     for context in [context for known in _watching if (context := known()) is not None]:
         context.forget_weights()
         for layer in context.layers:
-            if distributed:
+            if several:
                 kept += _kept_and_stepped(layer, stepped)
             layer.bases.mark_stepped(stepped)
-    sharding.retract(kept)
+    distributed.retract(kept)
 
 
 def _kept_and_stepped(layer: ReftLayer, stepped: set[int]) -> list[nn.Parameter]:
@@ -172,7 +173,8 @@ def _kept_and_stepped(layer: ReftLayer, stepped: set[int]) -> list[nn.Parameter]
     return [
         basis
         for basis in layer.bases.orthonormal().values()
-        if sharding.is_kept(basis) and (id(basis) in stepped or (basis.requires_grad and sharding.is_in_zero(basis)))
+        if distributed.is_kept(basis)
+        and (id(basis) in stepped or (basis.requires_grad and distributed.is_in_zero(basis)))
     ]
 
 

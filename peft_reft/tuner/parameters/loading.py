@@ -24,9 +24,9 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from . import rotation
-from .interventions import INTERVENTIONS, WEIGHT_DTYPES
-from .peft_api import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from ..interventions import orthogonal
+from ..interventions.formulas import INTERVENTIONS, WEIGHT_DTYPES
+from ..peft_api import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 
 # How far R Rᵀ may be from the identity. Rounding a basis to bfloat16, whose unit roundoff is u = 2⁻⁸, moves no entry of it by more
@@ -244,7 +244,7 @@ def _replace_by_nearest(adapter: str, state_dict: dict[str, Any], keys: list[str
     if not off:
         return
     for key in off:
-        state_dict[key] = rotation.nearest(state_dict[key])
+        state_dict[key] = orthogonal.nearest(state_dict[key])
     worst = max(off, key=off.__getitem__)
     warnings.warn(
         f"Adapter {adapter!r}: the rows of {len(off)} of {len(keys)} tensors reft_R to load are not orthonormal, as an average of adapters "
@@ -367,13 +367,13 @@ def _check_orthonormal(who: str, name: str, R_GRD: Tensor, near: bool) -> None:
     not_orthonormal = f"{who}: the rows of {name!r} are not orthonormal. R Rᵀ is off by {error:.2g}, and "
     way_out = (
         "Every edit with an orthonormal R is saved with one, so these are other weights, or they were changed. If that was on purpose, "
-        "peft_reft.rotation.retract([R]) makes the rows of any R orthonormal."
+        "peft_reft.tuner.interventions.orthogonal.retract([R]) makes the rows of any R orthonormal."
     )
     if not near:
         raise ValueError(
             f"{not_orthonormal}rounding to 16 bits explains less than {ORTHONORMAL_TOLERANCE:.2g}. {way_out}"
         )
-    sizes = torch.linalg.svdvals(rotation.wide(R_GRD))
+    sizes = torch.linalg.svdvals(orthogonal.wide(R_GRD))
     low, high = sizes.min().item(), sizes.max().item()
     if not max(1 - low, high - 1) <= NEAR_ORTHONORMAL:
         raise ValueError(
@@ -385,7 +385,7 @@ def _check_orthonormal(who: str, name: str, R_GRD: Tensor, near: bool) -> None:
 
 def _error(R_GRD: Tensor) -> float:
     """How far R Rᵀ is from the identity, in its worst entry."""
-    wide_GRD = rotation.wide(R_GRD)
+    wide_GRD = orthogonal.wide(R_GRD)
     eye_RR = torch.eye(R_GRD.shape[1], dtype=wide_GRD.dtype, device=wide_GRD.device)
     return (wide_GRD @ wide_GRD.mT - eye_RR).abs().max().item()
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import Batch, Rules, locate
-from .checks import QUEUEING, Checks
+from ..positions.batch import Batch, Rules, locate
+from ..positions.deferred_checks import QUEUEING, Checks
+from ..positions.selection import Selection, places, round_up, select
+from ..positions.subspaces import kept_directions
 from .generation import Generation
-from .positions import Selection, places, round_up, select
-from .subspaces import kept_directions
 from .transformers_api import Past, find_past
 
 

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor, nn
 
-from .batch import Batch, Rules, locate
-from .config import ReftConfig
-from .context import ForwardContext
-from .prompts import IGNORED_LABEL
+from ..tuner.config import ReftConfig
+from ..tuner.forward.context import ForwardContext
+from ..tuner.positions.batch import Batch, Rules, locate
+from ..tuner.positions.prompts import IGNORED_LABEL
 
 
 STYLES = {"F": "bold green", "L": "bold magenta", "prompt": "", "answer": "dim"}

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import Batch
-from .prompts import IGNORED_LABEL, by_labels, total_within
+from ..tuner.positions.batch import Batch
+from ..tuner.positions.prompts import IGNORED_LABEL, by_labels, total_within
 
 
 class PromptLengthsCollator:

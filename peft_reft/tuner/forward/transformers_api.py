@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .versions import gone, require, way_out
+from ..versions import gone, require, way_out
 
 
 try:

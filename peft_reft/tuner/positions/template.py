@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .transformers_api import bytes_to_unicode
+from ..forward.transformers_api import bytes_to_unicode
 
 
 class IdTemplate:

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .transformers_api import ACT2FN
+from ..forward.transformers_api import ACT2FN
 
 
 # Those that weights are computed and saved in. The 8-bit ones only store them.
