@@ -24,8 +24,8 @@ from torch import nn
 
 import peft_reft  # noqa: F401 - makes PEFT know ReFT
 from peft_reft.tuner.forward.context import ForwardContext
-from peft_reft.tuner.layer import ReftLayer
-from peft_reft.tuner.positions.batch import Batch, Rules, locate
+from peft_reft.tuner.positions.batch import Batch, select_tokens
+from peft_reft.tuner.positions.spec import Rules
 from peft_reft.tuner.versions import require
 
 
@@ -42,9 +42,8 @@ Request = tuple[Any, list[int], list[int]]  # its text, and the tokens of contex
 
 def rules_in_use(model: nn.Module) -> list[Rules]:
     """Those of the ReFT adapters that are switched on and edit some tokens of a prompt."""
-    found = [module.context for module in model.modules() if isinstance(module, ReftLayer)]
-    contexts = {id(context): context for context in found if isinstance(context, ForwardContext)}
-    return [rules for context in contexts.values() for rules in context.rules_in_use()]
+    context = ForwardContext.of(model)
+    return [] if context is None else context.rules_in_use()
 
 
 def prompt_tokens(lm: Any, request: Request) -> list[int]:
@@ -71,7 +70,7 @@ def prompt_length(rules: list[Rules], context: list[int]) -> int | None:
     found: set[int | None] = set()
     for one in rules:
         ids = torch.tensor([context])
-        prompt_BS = locate(one, Batch((1, len(context)), ids.device, input_ids=ids), training=False).prompt_BS
+        prompt_BS = select_tokens(one, Batch((1, len(context)), ids.device, input_ids=ids), training=False).prompt_BS
         assert prompt_BS is not None
         length = int(prompt_BS.sum())
         found.add(length if bool(prompt_BS[0, :length].all()) else None)

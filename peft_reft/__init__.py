@@ -7,10 +7,7 @@ Importing this package is all it takes: `get_peft_model`, `PeftModel.from_pretra
 from .tools.collator import PromptLengthsCollator
 from .tools.explain import explain_positions
 from .tools.resuming import last_complete_checkpoint
-from .tuner.config import ReftConfig
-from .tuner.layer import ReftLayer
-from .tuner.model import ReftModel
-from .tuner.peft_type import register
+from .tuner import ReftConfig, ReftLayer, ReftModel
 
 
 __version__ = "0.1.0"
@@ -22,5 +19,3 @@ __all__ = [
     "explain_positions",
     "last_complete_checkpoint",
 ]
-
-register()

@@ -15,8 +15,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
 from peft_reft import PromptLengthsCollator, ReftConfig, explain_positions
+from peft_reft.tuner.forward.transformers_api import text_template
 from peft_reft.tuner.interventions.formulas import INTERVENTIONS
-from peft_reft.tuner.positions.template import TextTemplate
 
 from . import axolotl_api
 from .args import is_reft, meaningless_keys, reft_config
@@ -107,7 +107,7 @@ def _show_positions(trainer: Any) -> None:
 def _check_template(text: str, config: ReftConfig, cfg: DictDefault) -> None:
     """An adapter finds its template by the tokenizer that its config names. axolotl may have added tokens to it."""
     ids = axolotl_api.tokenizer_of(cfg)(text, add_special_tokens=False)["input_ids"]
-    saved = TextTemplate(text, AutoTokenizer.from_pretrained(config.tokenizer_name_or_path or cfg.base_model))
+    saved = text_template(text, AutoTokenizer.from_pretrained(config.tokenizer_name_or_path or cfg.base_model))
     if not saved.occurs_in(ids):
         raise ValueError(
             f"reft: response_template: {text!r} holds tokens that this YAML adds to the tokenizer, so an adapter would not find "

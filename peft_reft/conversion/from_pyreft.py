@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from ..tuner.interventions.formulas import INTERVENTIONS
-from ..tuner.positions.selection import POSITION_EXAMPLES, PositionSpec
+from ..tuner.positions.spec import POSITION_EXAMPLES, PositionSpec
 from .base_model import load_skeleton
 from .checkpoint import Checkpoint, Conversion, Edit, settle, write_adapter
 from .files import read_json, read_tensors

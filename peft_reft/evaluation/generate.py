@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from ..tuner.positions.batch import end_ids
+from ..tuner.forward.transformers_api import end_ids
 
 
 def plain_generation(model: Any, tokenizer: Any) -> GenerationConfig:

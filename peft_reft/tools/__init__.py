@@ -1,0 +1,1 @@
+"""Tools around training. The tuner does not need them."""

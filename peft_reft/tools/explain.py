@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..tuner.config import ReftConfig
 from ..tuner.forward.context import ForwardContext
-from ..tuner.positions.batch import Batch, Rules, locate
+from ..tuner.positions.batch import Batch, select_tokens
 from ..tuner.positions.prompts import IGNORED_LABEL
+from ..tuner.positions.spec import Rules
 
 
 STYLES = {"F": "bold green", "L": "bold magenta", "prompt": "", "answer": "dim"}
@@ -143,17 +144,18 @@ def explain_positions(
 def _config_and_rules(model_or_config: Any, tokenizer: Any) -> tuple[ReftConfig, Rules]:
     if isinstance(model_or_config, ReftConfig):
         config = model_or_config
-        rules = Rules.of(config, lambda: tokenizer, tokenizer.eos_token_id, can_generate=True)
+        rules = config.rules(lambda: tokenizer, tokenizer.eos_token_id, can_generate=True)
         encodes = config.task_type == "SEQ_2_SEQ_LM"
     else:
         context = ForwardContext.of(model_or_config)
-        active = [name for layer in context.layers for name in layer.active_adapters if name in layer.reft_config]
-        if not active:
+        layers: list[Any] = [] if context is None else context.layers
+        active = [name for layer in layers for name in layer.active_adapters if name in layer.reft_config]
+        if context is None or not active:
             raise ValueError(
                 f"{type(model_or_config).__name__} has no active ReFT adapter. Add one, or pass a ReftConfig."
             )
-        config = next(layer.reft_config[active[0]] for layer in context.layers if active[0] in layer.reft_config)
-        rules, encodes = context.rules[active[0]], bool(context.encoder_parameters)
+        config = next(layer.reft_config[active[0]] for layer in layers if active[0] in layer.reft_config)
+        rules, encodes = context.rules[active[0]], context.has_encoder
     # Of an encoder-decoder model, what is shown is what the encoder is given.
     return config, replace(rules, reads_labels=False) if encodes else rules
 
@@ -164,9 +166,9 @@ def _explain(rules: Rules, batch: Batch, tokenizer: Any) -> list[ExplainedSequen
         first_BS, last_BS = sequences.real_BS, torch.zeros_like(sequences.real_BS)
         prompt_BS, source = sequences.real_BS, "all tokens"
     else:
-        located = locate(rules, batch, training=False)
-        first_BS, last_BS, source = located.first_BS, located.last_BS, located.source
-        prompt_BS = sequences.real_BS if located.prompt_BS is None else located.prompt_BS
+        selected = select_tokens(rules, batch, training=False)
+        first_BS, last_BS, source = selected.first_BS, selected.last_BS, selected.source
+        prompt_BS = sequences.real_BS if selected.prompt_BS is None else selected.prompt_BS
     trained_BS = torch.zeros_like(prompt_BS) if batch.labels is None else batch.labels != IGNORED_LABEL
     explained = []
     number_BS = (sequences.start_BS & sequences.real_BS).cumsum(dim=1)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Optional, TypeVar, Union
 
 from peft import PeftConfig, TaskType
 
-from .forward.transformers_api import ACT2FN
+from .forward.transformers_api import ACT2FN, end_ids, text_template
 from .interventions.formulas import INTERVENTIONS
 from .parameters.loading import check_file
 from .peft_api import get_pattern_key
 from .peft_type import NAME, add_peft_type
-from .positions.selection import PositionSpec
+from .positions.spec import PositionSpec, Rules
+from .positions.template import IdTemplate, TextTemplate
 
 
 # The tasks whose labels are answers, and not classes.
@@ -307,6 +309,37 @@ class ReftConfig(PeftConfig):
     def spec(self) -> PositionSpec:
         """The parsed `positions`."""
         return PositionSpec.parse(self.positions)
+
+    @property
+    def depends_on_batch(self) -> bool:
+        """Whether which rows are edited, or in which directions, depends on the batch."""
+        return not self.spec.all_tokens or self.subspaces is not None
+
+    def rules(self, tokenizer: Callable[[], Any], eos: Any, can_generate: bool) -> Rules:
+        """How the adapter finds its tokens.
+
+        Args:
+            tokenizer (`Callable[[], PreTrainedTokenizerBase]`): Gives the tokenizer, where a text template needs it.
+            eos (`int` or `list[int]`, *optional*): The tokens at which the model's `generate` stops.
+            can_generate (`bool`): Whether the model can, which decides where the config has no task type.
+
+        Raises:
+            ValueError: for a template of text that can't be found in the tokenizer's tokens.
+        """
+        template: IdTemplate | TextTemplate | None = None
+        if isinstance(self.response_template, str):
+            template = text_template(self.response_template, tokenizer())
+        elif self.response_template is not None:
+            template = IdTemplate(self.response_template)
+        return Rules(
+            spec=self.spec,
+            groups=self.groups,
+            every=self.prompt_boundary == "every",
+            template=template,
+            end_ids=end_ids(eos),
+            reads_labels=can_generate if self.task_type is None else self.task_type in ANSWERING,
+            subspaces=tuple((self.subspaces or {}).items()),
+        )
 
     @property
     def groups(self) -> int:

@@ -1,70 +1,50 @@
-"""ReftLayer: wraps one module and edits its output at the Selection.
+"""ReftLayer: wraps one module and edits its output.
 
-This module knows how to gather rows of one output, edit them and write them back. Which rows it is told by the
-ForwardContext that the layers of a model share; the formulas are in interventions.py.
+This module knows the parameters of one module's adapters, and how the module is wrapped. The hot path is in interventions/apply.py,
+the formulas in interventions/formulas.py, and which rows are edited comes from the state that the layers of a model share
+(forward/plan.py). A layer calls nothing above that.
 
-Dimensions: B rows of the batch, S tokens, T = B * S, G groups of weights, N tokens of a group, R rank, D width.
+Dimensions: B rows of the batch, S tokens of a row, G groups of weights, r rank, D width.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import nested
 from .config import ReftConfig
-from .engines_api import has_hook, hooked_device, remove_hook_from_module
+from .engines_api import HOOK, has_hook, hooked_device, remove_hook_from_module
 from .forward import saving
-from .forward.plan import Job, Jobs
+from .forward.plan import ModelState, unplanned
 from .forward.transformers_api import Conv1D
-from .interventions.apply import Edit, delta, edit_rows
-from .interventions.formulas import INTERVENTIONS, WEIGHT_DTYPES, EditWeights, Intervention, activation, initialize
+from .interventions.apply import Edit, Job, edit_state
+from .interventions.formulas import INTERVENTIONS, WEIGHT_DTYPES, activation, initialize
 from .merging import MergedEdit, merge_edit, obstacle, unmerge_edit
 from .parameters.bases import Bases, retract_stale
+from .parameters.stacked import LayerAdapter, Parameters
 from .peft_api import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from .positions.selection import Selection
-
-
-class CallState(Protocol):
-    """What a layer needs to know of the call that its thread is in."""
-
-    jobs: Jobs | None
-    resting: bool
-    saving: bool
-
-
-class SelectionSource(Protocol):
-    """What a layer needs of the ForwardContext."""
-
-    @property
-    def state(self) -> CallState: ...
-
-    def unplanned_jobs(self, layer: ReftLayer) -> tuple[Job, ...]: ...
-
-    def forget_weights(self) -> None: ...
-
-    def settle_checks(self) -> None: ...
 
 
 class ReftLayer(nn.Module, BaseTunerLayer):
-    """Adds h + Rᵀc to the selected rows h of a module's output.
+    """Puts h + Rᵀc in place of the selected rows h of a module's output.
 
-    For LoReFT, c = Wh + b − Rh (arXiv 2404.03592, section 3.2); `peft_reft.tuner.interventions.formulas` has the six. Parameters,
+    For LoReFT, c = Wh + b − Rh (arXiv 2404.03592, section 3.2); interventions/formulas.py has the six. Parameters,
     float32 unless told otherwise: `reft_R` [G, r, D], `reft_W` [G, r, D] and `reft_b` [G, r], where G is 1 or, for
     first and last tokens with weights of their own, 2. The edit is computed in their dtype and goes back in the base's.
 
     Public attributes that the wrapped module has and this one lacks are the wrapped module's, so that a model that reads
-    an attribute of its blocks still finds it. What tools note on a module to know it by is not lent: private attributes,
-    accelerate's hooks among them, and the scheme by which compressed-tensors finds the layers to unpack.
+    an attribute of its blocks still finds it. Not forwarded are marks that libraries put on a module to recognise it: private
+    attributes, accelerate's hooks among them, and the scheme by which compressed-tensors finds the layers to unpack.
 
     Args:
         base_layer (`torch.nn.Module`): The module to wrap. Its output is a tensor [B, S, D] (any leading dimensions
             for `positions="all"`), or a tuple that starts with one.
-        context (`SelectionSource`): Where the Selection of the running forward is found.
+        state (`ModelState`): What the layers of the model share: the plan of the running forward above all.
         name (`str`): Name of the module in the model, for messages.
         is_block (`bool`): Whether the output is the hidden state of a layer of the model.
         in_encoder (`bool`): Whether the module lies in the encoder of an encoder-decoder model, which has tokens of its own.
@@ -72,14 +52,16 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("reft_R", "reft_W", "reft_b")
     other_param_names = ("reft_config", "reft_dropout")
-    cast_input_dtype_enabled = True  # for PEFT's helper to switch; an edit is computed in the dtype of its weights
+    cast_input_dtype_enabled = (
+        True  # PEFT's disable_input_dtype_casting asks every layer for it; an edit goes by its weights' dtype
+    )
 
     def __init__(
-        self, base_layer: nn.Module, context: SelectionSource, name: str, is_block: bool, in_encoder: bool = False
+        self, base_layer: nn.Module, state: ModelState, name: str, is_block: bool, in_encoder: bool = False
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.context = context
+        self.state = state
         self.name = name
         self.is_block = is_block
         self.in_encoder = in_encoder
@@ -92,9 +74,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.reft_b = nn.ParameterDict()
         self.reft_dropout = nn.ModuleDict()  # modules, for trainers that look for them to switch them off
         self.reft_config: dict[str, ReftConfig] = {}
-        self._interventions: dict[str, Intervention] = {}
-        self._act: dict[str, Any] = {}
-        self._all_tokens: dict[str, bool] = {}
+        self._edits: dict[str, Edit] = {}  # without dropout, which is switched with the mode
         self.merged_adapters = []  # the class has a list that all layers would share
         self._merged: list[MergedEdit] = []
         self.bases = Bases(self.reft_R, self.reft_config)
@@ -131,13 +111,13 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Casts and moves of the model, which change the parameters' data past their version counters."""
         self.bases.mark_all_stale()
-        self.context.forget_weights()
+        self.state.weights.forget()
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> Any:
         """Callbacks that average weights swap them through `param.data`, which no version counter shows, around train() and eval()."""
         self.bases.doubt_all()
-        self.context.forget_weights()
+        self.state.weights.forget()
         return super().train(mode)
 
     # -- adapters ----------------------------------------------------------------------------------------------------
@@ -154,9 +134,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         intervention = INTERVENTIONS[config.intervention]
         shape = (config.groups, rank, width)
         self.reft_config[adapter_name] = config
-        self._interventions[adapter_name] = intervention
-        self._act[adapter_name] = activation(config.act_fn)
-        self._all_tokens[adapter_name] = config.spec.all_tokens
+        self._edits[adapter_name] = Edit(intervention, activation(config.act_fn))
         self.reft_R[adapter_name] = nn.Parameter(torch.empty(shape, dtype=torch.float32))
         if intervention.has_source:
             self.reft_W[adapter_name] = nn.Parameter(torch.empty(shape, dtype=torch.float32))
@@ -165,26 +143,44 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.reft_dropout[adapter_name] = nn.Dropout(config.dropout if intervention.has_dropout else 0.0)
         R, W, b = self.weights(adapter_name)
         if not R.is_meta:
-            initialize(intervention, R, W, b, self._act[adapter_name], config.init_weights)
+            initialize(intervention, R, W, b, self._edits[adapter_name].act, config.init_weights)
         self.bases.mark_clean(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def edit(self, adapter_name: str) -> Edit:
-        """The edit of an adapter."""
-        return Edit(self._interventions[adapter_name], self._act[adapter_name], self.dropout(adapter_name))
+    def adapters_in_use(self, mixed: Sequence[str] | None) -> list[LayerAdapter]:
+        """The adapters by which this layer edits now, in order: none where they are switched off or merged.
 
-    def dropout(self, adapter_name: str) -> float:
-        """The part of edited states that is dropped, as it is switched now."""
+        It is asked once a forward.
+
+        Args:
+            mixed (`Sequence[str]`, *optional*): The adapters of a batch whose examples have each their own, in place of the active ones.
+        """
+        if HOOK in vars(self.reft_R):
+            self.keep_weights()
+        if self.merged_adapters or self.disable_adapters:
+            return []
+        known = self.reft_R._parameters
+        return [
+            LayerAdapter(self.name, name, self.in_encoder, self._edit(name), *self.weights(name))
+            for name in (self.active_adapters if mixed is None else mixed)
+            if name in known
+        ]
+
+    def _edit(self, adapter_name: str) -> Edit:
+        """What an adapter does, with dropout as it is switched now."""
         dropout = self.reft_dropout._modules[adapter_name]
         assert isinstance(dropout, nn.Dropout)
-        return dropout.p if dropout.training else 0.0
+        edit = self._edits[adapter_name]
+        return Edit(edit.intervention, edit.act, dropout.p) if dropout.training and dropout.p > 0 else edit
 
-    def needs_selection(self, adapter_name: str) -> bool:
-        """Whether which rows an adapter edits, or in which directions, depends on the batch."""
-        return not self._all_tokens[adapter_name] or self.reft_config[adapter_name].subspaces is not None
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the adapters on or off. Those that are merged are taken out of the weight first, for off to mean the base model."""
+        super().enable_adapters(enabled)
+        if not enabled and self.merged_adapters:
+            self.unmerge()
 
-    def weights(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter | None, nn.Parameter | None]:
+    def weights(self, adapter_name: str) -> Parameters:
         """R, W and b of an adapter, where it has them."""
         dicts = (self.reft_R, self.reft_W, self.reft_b)
         # Past ParameterDict's own ways, which take their time: this is asked for every layer in every step. What DataParallel
@@ -229,9 +225,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self._interventions.pop(adapter_name, None)
-        self._act.pop(adapter_name, None)
-        self._all_tokens.pop(adapter_name, None)
+        self._edits.pop(adapter_name, None)
         self.bases.mark_stale(adapter_name)
 
     # -- merging -----------------------------------------------------------------------------------------------------
@@ -250,7 +244,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.reft_R]
         for name in names:
             self.refuse_merge(name)
-        retract_stale([self])
+        retract_stale([self.bases])
         for name in names:
             self._merged.append(merge_edit(self, name, safe_merge))
             self.merged_adapters.append(name)
@@ -284,15 +278,15 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # A decode step with nothing to edit goes past this module, unless somebody listens to it.
-        if self.context.state.resting and not (self._forward_hooks or self._forward_pre_hooks):
+        if self.state.call.skipped and not (self._forward_hooks or self._forward_pre_hooks):
             return self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
         return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        planned = self.context.state.jobs
+        planned = self.state.call.jobs
         jobs = None if planned is None else planned.get(self.name)
         if jobs is None:
-            jobs = self.context.unplanned_jobs(self)
+            jobs = self._unplanned_jobs()
         output = self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]  # without the search of __getattr__
         if not jobs:
             return output
@@ -307,48 +301,27 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         # for any operation that does not keep its own result, and says so when one does.
         writable = not torch.is_grad_enabled() or _may_be_written(h)
         owned = self.is_block and writable and not _is_among(h, args, kwargs.values())
-        for job in jobs:
-            if job.selection is not None and h.shape[:-1] != job.selection.edited_BS.shape:
-                self._check_shape(h, job.selection)
-            if job.rows is None:
-                edited = self._edit_all(h, job, in_place=owned)
-                owned, h = owned or edited is not h, edited
-                continue
-            if not (owned and h.is_contiguous()):
-                owned, h = True, h.clone(memory_format=torch.contiguous_format)
-            h = edit_rows(h, job.rows, job.edit, job.weights(self, h.dtype))
+        h = edit_state(h, jobs, self.weights, owned)
         return (h, *output[1:]) if isinstance(output, tuple) else h
 
-    def _edit_all(self, h: Tensor, job: Job, in_place: bool) -> Tensor:
-        """Edit every row of h [..., D], or, in a mixed batch, of the examples that use the adapter."""
-        unused_TR, weights = None, job.weights(self, h.dtype)
-        if job.selection is not None:
-            kept_TR = job.selection.to(h.device).kept_TR
-            unused_TR = None if kept_TR is None else ~kept_TR
-        if job.mixed is None:
-            # Backward reads the states as they were before the edit.
-            before = h.clone() if in_place and torch.is_grad_enabled() else h
-            added = _delta_of_all(before, job.edit, weights, unused_TR)
-            return h.add_(added) if in_place else h + added
-        rows = job.mixed.rows(job.adapter_name, h.shape[0], h.device)
-        if unused_TR is not None:
-            unused_TR = unused_TR.view(*h.shape[:-1], -1)[rows].flatten(0, -2)
-        added = _delta_of_all(h[rows], job.edit, weights, unused_TR)
-        return h.index_add_(0, rows, added) if in_place else h.index_add(0, rows, added)
+    def _unplanned_jobs(self) -> tuple[Job, ...]:
+        """The jobs of this layer where no plan has it: it runs outside any forward, which is possible where all tokens are edited.
 
-    def _check_shape(self, h: Tensor, selection: Selection) -> None:
-        rows, width = selection.edited_BS.shape
-        if h.shape[:-1] not in ((rows, width), (rows * width,)):
-            raise ValueError(
-                f"{self.name!r} returns shape {list(h.shape)}, which does not hold one state for each of the batch's "
-                f"{rows} x {width} tokens. Choose in target_modules a module that works token by token, or set "
-                "positions='all'."
+        Raises:
+            RuntimeError: where not all tokens are, so that the tokens to edit are unknown.
+        """
+        call = self.state.call
+        if call.skipped:
+            return ()
+        in_use = self.adapters_in_use(None if call.mixed is None else call.mixed.adapters)
+        if any(self.reft_config[adapter.adapter_name].depends_on_batch for adapter in in_use):
+            raise RuntimeError(
+                f"{self.name!r} ran without a Selection: it was called outside a forward of the whole model, so ReFT can't "
+                "know which tokens to edit. Call the PeftModel (or its base model), not a part of it. If the call came "
+                "from the backward pass of activation checkpointing, leave target_modules out: whole blocks are edited "
+                "outside the part that is recomputed."
             )
-
-
-def _delta_of_all(h: Tensor, edit: Edit, weights: EditWeights, unused_TR: Tensor | None) -> Tensor:
-    """What an edit adds to all rows of h [..., D]. `unused_TR` marks the directions that a row does not use."""
-    return delta(h.reshape(-1, h.shape[-1]), edit, weights, unused_TR).view(h.shape)
+        return unplanned(in_use, call.mixed)
 
 
 def _computes_on(module: nn.Module) -> torch.device | str | int | None:

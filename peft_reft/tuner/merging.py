@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,24 @@ from .interventions.formulas import INTERVENTIONS, WEIGHT_DTYPES, activation, af
 from .peft_api import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
 
 
-if TYPE_CHECKING:
-    from .layer import ReftLayer
+class Layer(Protocol):
+    """What is asked of a ReftLayer. Most of it is PEFT's BaseTunerLayer's."""
+
+    name: str
+    base_layer: Any
+    reft_config: dict[str, Any]
+    quantization_backend: Any
+
+    @property
+    def gained_bias(self) -> bool: ...
+
+    def weights(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter | None, nn.Parameter | None]: ...
+
+    def get_base_layer(self) -> nn.Module: ...
+
+    def get_base_weight(self) -> Tensor: ...
+
+    def set_base_weight(self, weight_data: Tensor) -> None: ...
 
 
 @dataclass
@@ -45,7 +61,7 @@ class MergedEdit:
     made_bias: bool
 
 
-def obstacle(layer: ReftLayer, adapter_name: str) -> str | None:
+def obstacle(layer: Layer, adapter_name: str) -> str | None:
     """What keeps an adapter from being merged into a layer. None: nothing does."""
     config, base = layer.reft_config[adapter_name], layer.base_layer
     if not config.spec.all_tokens:
@@ -102,7 +118,7 @@ def refuse_shared_weights(model: nn.Module, to_merge: dict[str, nn.Module]) -> N
                 )
 
 
-def warn_of_new_biases(layers: Iterable[ReftLayer]) -> None:
+def warn_of_new_biases(layers: Iterable[Layer]) -> None:
     """Say which linear layers merging has given a bias, for a saved model may have no place for it."""
     names = [layer.name for layer in layers if layer.gained_bias]
     if names:
@@ -122,7 +138,7 @@ def quantization_backend(target: nn.Module, model: nn.Module) -> QuantizationBac
         return None
 
 
-def merge_edit(layer: ReftLayer, adapter_name: str, safe: bool) -> MergedEdit:
+def merge_edit(layer: Layer, adapter_name: str, safe: bool) -> MergedEdit:
     """Fold the edit of an adapter into the weight and the bias of the linear layer below.
 
     Args:
@@ -147,13 +163,13 @@ def merge_edit(layer: ReftLayer, adapter_name: str, safe: bool) -> MergedEdit:
     return edit
 
 
-def unmerge_edit(layer: ReftLayer, edit: MergedEdit) -> None:
+def unmerge_edit(layer: Layer, edit: MergedEdit) -> None:
     """Take what `merge_edit` has added away again."""
     _add(layer, _weight(layer), edit, -1.0, safe=False)
 
 
 @torch.no_grad()
-def _add(layer: ReftLayer, A_DI: Tensor, edit: MergedEdit, sign: float, safe: bool) -> None:
+def _add(layer: Layer, A_DI: Tensor, edit: MergedEdit, sign: float, safe: bool) -> None:
     """Add an edit to the weight and the bias of the base layer, or with sign −1 take it away."""
     bias: Any = getattr(layer.base_layer, "bias", None)
     R_DR = edit.R_RD.to(A_DI.device).mT
@@ -169,7 +185,7 @@ def _add(layer: ReftLayer, A_DI: Tensor, edit: MergedEdit, sign: float, safe: bo
     _set_weight(layer, weight_DI)
     base = layer.base_layer  # some kinds of quantized layer are replaced as a whole
     if edit.made_bias:
-        base.bias = nn.Parameter(bias_D.to(A_DI.dtype), requires_grad=False) if sign > 0 else None  # type: ignore[assignment]
+        base.bias = nn.Parameter(bias_D.to(A_DI.dtype), requires_grad=False) if sign > 0 else None
     elif isinstance(bias, nn.Parameter):
         bias.data = bias_D
         base.bias = bias
@@ -177,11 +193,11 @@ def _add(layer: ReftLayer, A_DI: Tensor, edit: MergedEdit, sign: float, safe: bo
         base.bias = bias_D
 
 
-def _weight(layer: ReftLayer) -> Tensor:
+def _weight(layer: Layer) -> Tensor:
     """The weight of the linear layer below, [D, I], unpacked if it is quantized."""
     weight = layer.get_base_weight()
     return weight.mT if isinstance(layer.base_layer, Conv1D) else weight
 
 
-def _set_weight(layer: ReftLayer, weight_DI: Tensor) -> None:
+def _set_weight(layer: Layer, weight_DI: Tensor) -> None:
     layer.set_base_weight(weight_DI.mT.contiguous() if isinstance(layer.base_layer, Conv1D) else weight_DI)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -21,7 +21,7 @@ from .parameters.distributed import refuse_sharded_base
 from .parameters.loading import check_names
 from .peft_api import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers, check_peft
 from .peft_type import NAME
-from .positions.batch import Rules
+from .positions.spec import Rules
 from .targets import Target, find_targets, not_a_target, target_of
 
 
@@ -78,6 +78,11 @@ class ReftModel(BaseTuner):
         # Through __call__, for its hooks: PEFT 0.20 calls `self.model.forward`.
         return self.model(*args, **kwargs)
 
+    @property
+    def _layers(self) -> list[ReftLayer]:
+        """All edited modules of the base model."""
+        return cast("list[ReftLayer]", self._context.layers)
+
     # -- injection ---------------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -88,9 +93,11 @@ class ReftModel(BaseTuner):
             )
         if adapter_name == "ref" and "default" in self.peft_config:
             warnings.warn(TRL_REFERENCE)
-        self._context = ForwardContext.of(model)
+        encoder = encoder_of(model)
+        self._context = ForwardContext.of(model) or ForwardContext(model, encoder)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._context.add_adapter(model, adapter_name, self._rules)
+        layers = [module for module in model.modules() if isinstance(module, ReftLayer)]
+        self._context.add_adapter(model, encoder, layers, adapter_name, self._rules)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
@@ -145,7 +152,7 @@ class ReftModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, found.rank, found.width)
             return
         in_encoder = target in self._encoder_modules
-        layer = ReftLayer(target, self._context, current_key, found.is_block, in_encoder)
+        layer = ReftLayer(target, self._context.state, current_key, found.is_block, in_encoder)
         layer.quantization_backend = quantization_backend(target, self.model)
         layer.update_layer(adapter_name, peft_config, found.rank, found.width)
         if adapter_name not in self.active_adapters:
@@ -160,7 +167,7 @@ class ReftModel(BaseTuner):
         """Weights are made in float32. Told not to, give them the dtype of what they edit."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype:
-            for layer in self._context.layers:
+            for layer in self._layers:
                 layer.cast_adapter_as_base(adapter_name)
 
     # -- saving and loading --------------------------------------------------------------------------------------------
@@ -203,7 +210,7 @@ class ReftModel(BaseTuner):
         self._refuse_merge(adapter_names, safe_merge)
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         self._context.detach(model)
-        warn_of_new_biases(self._context.layers)
+        warn_of_new_biases(self._layers)
         return model
 
     def _take_off(self) -> nn.Module:
@@ -232,7 +239,7 @@ class ReftModel(BaseTuner):
             raise ValueError(
                 f"There is no adapter {unknown[0]!r} to merge. Loaded are: {', '.join(self.peft_config)}."
             )
-        targets = [(layer, name) for layer in self._context.layers for name in names if name in layer.reft_R]
+        targets = [(layer, name) for layer in self._layers for name in names if name in layer.reft_R]
         for layer, name in targets:
             layer.refuse_merge(name)
             if safe_merge and not all(weight is None or weight.isfinite().all() for weight in layer.weights(name)):
@@ -254,7 +261,7 @@ class ReftModel(BaseTuner):
         if adapter_names is None:
             yield
             return
-        merged = sorted({name for layer in self._context.layers for name in layer.merged_adapters})
+        merged = sorted({name for layer in self._layers for name in layer.merged_adapters})
         if merged:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. Merged are: "
@@ -327,4 +334,4 @@ def _rules(model: Any, config: ReftConfig) -> Rules:
                 f"from {name!r}: {error} Set tokenizer_name_or_path in ReftConfig, or give the template's token ids."
             ) from error
 
-    return Rules.of(config, tokenizer, eos_token_id(model), can_generate(model))
+    return config.rules(tokenizer, eos_token_id(model), can_generate(model))

@@ -81,6 +81,7 @@ OVERRIDDEN = {
     "BaseTunerLayer": (
         "_move_adapter_to_device_of_base_layer",
         "delete_adapter",
+        "enable_adapters",
         "get_base_weight",
         "merge",
         "set_base_weight",

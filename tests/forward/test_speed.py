@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import subprocess
 import sys
 
@@ -17,13 +16,14 @@ import peft_reft.tuner.parameters.stacked
 import peft_reft.tuner.positions.deferred_checks
 from peft_reft import ReftConfig
 from peft_reft.tuner.forward.selector import Call, Selector
-from peft_reft.tuner.interventions.apply import Edit, _AddToRows, edit_rows
-from peft_reft.tuner.interventions.formulas import INTERVENTIONS, EditWeights, activation
+from peft_reft.tuner.interventions.apply import Edit, EditWeights, Job, _AddToRows, edit_state
+from peft_reft.tuner.interventions.formulas import INTERVENTIONS, activation
 from peft_reft.tuner.interventions.orthogonal import retracted
 from peft_reft.tuner.layer import ReftLayer
-from peft_reft.tuner.positions.batch import Rules
+from peft_reft.tuner.positions.batch import Batch
 from peft_reft.tuner.positions.deferred_checks import Checks
-from peft_reft.tuner.positions.selection import PositionSpec, Selection
+from peft_reft.tuner.positions.selection import Selection
+from peft_reft.tuner.positions.spec import PositionSpec, Rules
 from peft_reft.tuner.positions.template import IdTemplate
 
 
@@ -49,16 +49,16 @@ class Noted(Checks):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_training_step_reads_nothing_back_from_the_device(groups, told, template):
     rules = Rules(PositionSpec(first=2, last=2), groups, template=template, end_ids=(2, 7))
-    selector = Selector(queueing=("meta",))
-    selector.checks = Noted()
+    checks = Noted(queueing=("meta",))
+    selector = Selector(checks)
     selector._masks_number = False  # as after the first batch
     batch = {key: tensor.to("meta") for key, tensor in labelled(9, 6, prompt=4, seed=1).items()}
     told = {key: tensor.to("meta") for key, tensor in told.items()}
-    call = Call(batch, told, training=True, generation=None, prefix="", in_encoder=False)
-    selection = selector.select(rules, None, call)
-    rows = selection.rows(4)
-    assert rows.index_T.is_meta and rows.index_T.numel() == 2 * 2 * 2
-    assert len(selector.checks._pending) >= 2  # that there is something to edit, that the mask does not number
+    tokens = Batch.from_inputs({**batch, **told})
+    call = Call("Model", batch, tokens, "", subspaces=None, training=True, generation=None, in_encoder=False)
+    selection = selector.select(rules, call)
+    assert selection.index_T.is_meta and selection.index_T.numel() == 2 * 2 * 2
+    assert len(checks._pending) >= 2  # that there is something to edit, that the mask does not number
 
 
 def test_the_batch_on_the_meta_device_would_notice_a_read():
@@ -87,7 +87,9 @@ def queueing(monkeypatch):
 
 def on_a_queue(**settings) -> PeftModel:
     model = adapted(**settings).train()
-    model.base_model._context._selector = Selector(queueing=("cpu",))
+    context = model.base_model._context
+    context.state.checks = Checks(queueing=("cpu",))
+    context._selector = Selector(context.state.checks)
     return model
 
 
@@ -164,7 +166,7 @@ def test_who_listens_to_a_layer_hears_of_decode_steps_too():
 def test_a_layer_that_is_not_in_the_plan_of_a_forward_is_an_error():
     model = adapted().eval()
     context, block = model.base_model._context, blocks(model)[1]
-    context.state.jobs = {}  # as while an encoder runs whose call was not noticed
+    context.state.call.jobs = {}  # as while an encoder runs whose call was not noticed
     try:
         with pytest.raises(RuntimeError, match="ran without a Selection"):
             block(
@@ -172,7 +174,7 @@ def test_a_layer_that_is_not_in_the_plan_of_a_forward_is_an_error():
                 position_embeddings=model.get_base_model().model.rotary_emb(torch.zeros(1), torch.arange(9)[None]),
             )
     finally:
-        context.state.clear()
+        context.state.call.clear()
 
 
 def replicated(module: torch.nn.Module) -> torch.nn.Module:
@@ -218,13 +220,13 @@ def test_a_forward_between_two_generations_is_no_decode_step():
 @pytest.fixture
 def prepared(monkeypatch):
     """How often weights are prepared for inference."""
-    calls, plain = [], peft_reft.tuner.parameters.stacked._prepare_without_graph
+    calls, plain = [], peft_reft.tuner.parameters.stacked._stack_without_graph
 
-    def count(layers, adapter_name):
-        calls.append(adapter_name)
-        return plain(layers, adapter_name)
+    def count(layers):
+        calls.append(layers[0].adapter_name)
+        return plain(layers)
 
-    monkeypatch.setattr(peft_reft.tuner.parameters.stacked, "_prepare_without_graph", count)
+    monkeypatch.setattr(peft_reft.tuner.parameters.stacked, "_stack_without_graph", count)
     return calls
 
 
@@ -278,14 +280,14 @@ def test_changed_weights_are_prepared_anew(how):
 
 def test_what_a_thread_prepares_while_another_makes_a_step_is_not_kept(monkeypatch):
     model = adapted().eval()
-    context, plain = model.base_model._context, peft_reft.tuner.parameters.stacked._prepare_without_graph
+    context, plain = model.base_model._context, peft_reft.tuner.parameters.stacked._stack_without_graph
 
-    def overtaken(layers, adapter_name):
-        found = plain(layers, adapter_name)
+    def overtaken(layers):
+        found = plain(layers)
         context.forget_weights()
         return found
 
-    monkeypatch.setattr(peft_reft.tuner.parameters.stacked, "_prepare_without_graph", overtaken)
+    monkeypatch.setattr(peft_reft.tuner.parameters.stacked, "_stack_without_graph", overtaken)
     with torch.no_grad():
         model(**prompts(9))
         monkeypatch.undo()
@@ -309,9 +311,8 @@ def test_a_bfloat16_base_is_edited_in_bfloat16_when_nothing_is_trained():
     randomize(model)
     batch = prompts(9, 6)
     narrow = model(**batch).logits.float()
-    found = model.base_model._context._prepared._kept
-    (kept,) = found.values()
-    assert next(iter(kept[-1].by_layer(torch.bfloat16).values())).R_QD.dtype == torch.bfloat16
+    (entry,) = model.base_model._context.state.weights._entries.values()
+    assert next(iter(entry[-1]._in_bfloat16.values())).R_QD.dtype == torch.bfloat16
     wide = copy.deepcopy(model).float()(**batch).logits
     assert torch.nn.functional.cosine_similarity(narrow.flatten(), wide.flatten(), dim=0) > 0.999
     assert weight(blocks(model)[0], "R").dtype == torch.float32
@@ -401,7 +402,7 @@ def selection(groups: int) -> Selection:
     spare = torch.tensor([[False, False, True], [False, False, False]])[:groups]
     if groups == 2:
         index[1, 2] = 8
-    return Selection(torch.zeros(2, 5, dtype=torch.bool), index, spare)
+    return Selection.of_slots(torch.zeros(2, 5, dtype=torch.bool), index, spare)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -412,14 +413,15 @@ def test_gradcheck(name, act_fn, groups):
     if act and not intervention.has_source:
         pytest.skip("no activation in this edit")
     torch.manual_seed(0)
-    rows = selection(groups).rows(2)
     h = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
     R, W = (torch.randn(groups, 2, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
     b = torch.randn(groups, 2, dtype=torch.float64, requires_grad=True)
 
     def edited(h, R, W, b):
-        weights = EditWeights.of(intervention, R, W if intervention.has_source else None, b, act)
-        return edit_rows(h * 1.0, rows, Edit(intervention, act), weights)
+        edit = Edit(intervention, act)
+        weights = EditWeights.of(edit, R, W if intervention.has_source else None, b)
+        job = Job("layer", "default", edit, selection(groups), None, weights, None)
+        return edit_state(h * 1.0, [job], lambda name: (R, W, b), writable=True)
 
     assert torch.autograd.gradcheck(edited, (h, R, W, b))
 
@@ -523,9 +525,9 @@ def test_the_benchmark_runs_as_a_user_runs_it(tmp_path):
 
 def test_every_place_filled_or_not_gives_the_same_edit():
     """Where it is known that no place is spare, nothing is masked."""
-    whole = dataclasses.replace(selection(1), spare_GN=torch.zeros(1, 3, dtype=torch.bool))
-    assert whole.rows(2).unused_TQ is not None
-    assert dataclasses.replace(whole, filled=True).rows(2).unused_TQ is None
+    index, edited = torch.tensor([[0, 5, 6]]), torch.zeros(2, 5, dtype=torch.bool)
+    assert Selection.of_slots(edited, index, torch.zeros(1, 3, dtype=torch.bool)).unused_TGR is not None
+    assert Selection.of_slots(edited, index, None).unused_TGR is None
     model = adapted(share_weights=True, positions="f2+l2").eval()
     one, two = prompts(9), prompts(9, 3)  # the second has a place to spare
     torch.testing.assert_close(model(**one).logits[0], model(**two).logits[0], rtol=1e-5, atol=1e-5)

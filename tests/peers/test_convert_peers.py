@@ -19,7 +19,7 @@ from peft_reft import ReftConfig
 from peft_reft.conversion import export_pyreft
 from peft_reft.conversion.pyvene_places import ARCHITECTURES, path_of
 from peft_reft.tuner.positions.prompts import Prompts
-from peft_reft.tuner.positions.selection import PositionSpec, first_and_last
+from peft_reft.tuner.positions.spec import PositionSpec, first_and_last
 
 
 PYTHON = os.environ.get("PYREFT_PYTHON")

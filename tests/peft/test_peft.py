@@ -50,7 +50,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def test_registering_twice_does_nothing():
-    register()
+    register(ReftConfig, ReftModel)
     assert PeftConfig.from_peft_type(peft_type="REFT").__class__ is ReftConfig
     assert isinstance(adapted().base_model, ReftModel)
 

@@ -8,8 +8,9 @@ import random
 import pytest
 import torch
 
-from peft_reft.tuner.positions.batch import Batch, Rules, locate
-from peft_reft.tuner.positions.selection import PositionSpec, masks_from_intervention_mask, select
+from peft_reft.tuner.positions.batch import Batch, select_tokens
+from peft_reft.tuner.positions.selection import select
+from peft_reft.tuner.positions.spec import PositionSpec, Rules, masks_from_intervention_mask
 
 
 def plainly(prompt: list[int], spec: PositionSpec) -> tuple[list[int], list[int]]:
@@ -31,8 +32,8 @@ def columns(mask: torch.Tensor) -> list[list[int]]:
 
 def chosen(spec: str, shape: tuple[int, int], **batch: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
     rules = Rules(PositionSpec.parse(spec), groups=2)
-    located = locate(rules, Batch(shape, torch.device("cpu"), **batch), training=False)
-    return columns(located.first_BS), columns(located.last_BS)
+    selected = select_tokens(rules, Batch(shape, torch.device("cpu"), **batch), training=False)
+    return columns(selected.first_BS), columns(selected.last_BS)
 
 
 @pytest.mark.parametrize(
@@ -145,17 +146,18 @@ def test_selection_indexes_the_flat_batch_and_marks_spare_places(groups):
     first = torch.tensor([[0, 1, 0, 0], [0, 1, 0, 0]]).bool()
     last = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]]).bool()
     selection = select(first, last, groups, limit=5)
-    kept = [row[~spare].tolist() for row, spare in zip(selection.index_GN, selection.spare_GN)]
+    slots, empty = selection.index_T.view(groups, -1), selection.empty_T1.view(groups, -1)
+    kept = [row[~none].tolist() for row, none in zip(slots, empty)]
     assert kept == ([[1, 5], [2, 3]] if groups == 2 else [[1, 2, 3, 5]])
     assert torch.equal(selection.edited_BS, first | last)
     edited = set(kept[0]) | set(kept[-1])
-    assert set(selection.index_GN.flatten().tolist()) <= edited  # spare places point at no other token
+    assert set(selection.index_T.tolist()) <= edited  # empty slots point at no other token
 
 
 def test_selection_of_nothing_has_only_spare_places():
     nothing = torch.zeros(2, 3).bool()
     selection = select(nothing, nothing, 2, limit=2)
-    assert selection.spare_GN.all() and selection.index_GN.max() < 6
+    assert selection.empty_T1.all() and selection.index_T.max() < 6
 
 
 def test_intervention_mask():

@@ -12,6 +12,7 @@ from models import chat_model, tokenizer
 from peft import PeftModel, get_peft_model
 
 from peft_reft import ReftConfig
+from peft_reft.tuner.forward.transformers_api import text_template
 from peft_reft.tuner.positions.template import IdTemplate, TextTemplate
 
 
@@ -22,7 +23,7 @@ tokenizer = cache(tokenizer)
 
 @cache
 def template(text: str, kind: str) -> TextTemplate:
-    return TextTemplate(text, tokenizer(kind))
+    return text_template(text, tokenizer(kind))
 
 
 def ends_of(text: str, wanted: str, kind: str) -> tuple[torch.Tensor, list[int]]:
@@ -104,11 +105,11 @@ def test_tokenizers_that_can_not_be_read():
     words = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     words.decoder = tokenizers.decoders.WordPiece()
     with pytest.raises(ValueError, match="neither. Give the token ids"):
-        TextTemplate("a", PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]"))
+        text_template("a", PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]"))
     lower = tokenizer.__wrapped__()
     lower.backend_tokenizer.normalizer = tokenizers.normalizers.Lowercase()
     with pytest.raises(ValueError, match=r"response_template='### Response:' is not found.*response_template=\["):
-        TextTemplate("### Response:", lower)
+        text_template("### Response:", lower)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""One call of a model becomes one plan for its layers."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..positions.batch import Batch, Located, Rules, locate
-from ..positions.selection import Selection, places, select
+from ..positions.batch import Batch, SelectedTokens, select_tokens
+from ..positions.selection import Selection
+from ..positions.spec import Rules
 from .transformers_api import Past, find_past_of_generate, has_second_prompt, inferred_mask, is_one_token, main_input
 
 
@@ -26,16 +27,16 @@ class Generation:
         rows (`int`): How many prompts it was given.
         prompts (`Batch`, *optional*): The tokens that it was given, None while they are not known: a decoder's prompt,
             in an encoder-decoder model, is what its first forward is fed.
-        rests_in_decoding (`bool`): Whether no adapter edits anything in a decode step.
+        skips_decoding (`bool`): Whether no adapter edits anything in a decode step.
     """
 
     told: dict[str, Any]
     rows: int
     prompts: Batch | None = None
-    rests_in_decoding: bool = False
+    skips_decoding: bool = False
     fed: int = 0  # columns that earlier forwards were fed
     _reached: int = 0
-    _located: dict[Rules, Located] = field(default_factory=dict)
+    _tokens: dict[Rules, SelectedTokens] = field(default_factory=dict)
 
     def decodes(self, arguments: dict[str, Any]) -> bool:
         """Whether a forward is a decode step, as far as can be told without asking the cache."""
@@ -74,22 +75,10 @@ class Generation:
             raise ValueError(
                 f"generate was given {rows} prompts, but runs {batch.shape[0]} rows at once: ReFT can't tell whose."
             )
-        if rules not in self._located:
-            self._located[rules] = locate(rules, self.prompts, training=False)
-        located = self._located[rules]
+        if rules not in self._tokens:
+            self._tokens[rules] = select_tokens(rules, self.prompts, training=False)
         repeats = batch.shape[0] // rows  # beams and returned sequences repeat each row
-        first_BS, last_BS = (
-            _columns(mask, past, batch.shape[1], repeats).to(batch.device)
-            for mask in (located.first_BS, located.last_BS)
-        )
-        limit = None if located.runs is None else places(rules.spec, rules.groups, located.runs * repeats)
-        return select(first_BS, last_BS, rules.groups, limit)
-
-
-def _columns(mask_BS: Tensor, past: int, width: int, repeats: int) -> Tensor:
-    """So many columns after `past`. Those after the prompt hold what has been generated."""
-    here = mask_BS[:, past : past + width].repeat_interleave(repeats, dim=0)
-    return nn.functional.pad(here, (0, width - here.shape[1]))
+        return self._tokens[rules].in_columns(past, batch.shape[1], repeats, rules).to(batch.device)
 
 
 def given_prompts(model: Any, args: tuple, kwargs: dict[str, Any], told: dict[str, Any]) -> Batch:

@@ -6,56 +6,56 @@ model. A part of it, such as one block, has no such hook, and each of its layers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from ..parameters.bases import retract_stale
+from .plan import Layer, ModelState
 
 
-if TYPE_CHECKING:
-    from ..layer import ReftLayer
-    from .context import ForwardContext
-
-
-def watch_saving(model: nn.Module, context: ForwardContext) -> list[Any]:
-    """See to the state dicts of a model.
+class SaveHook:
+    """Sees to the state dicts of a whole model. An object rather than closures, to be copied and pickled.
 
     Args:
-        model (`torch.nn.Module`): The base model.
-        context (`ForwardContext`): Its context.
-
-    Returns:
-        `list`: Handles that take the hooks off again.
+        state (`ModelState`): The state of the model.
+        layers (`Callable`): Gives its ReftLayers.
     """
-    return [
-        model.register_state_dict_pre_hook(partial(_before_model, context)),
-        model.register_state_dict_post_hook(partial(_after_model, context)),
-    ]
 
+    def __init__(self, state: ModelState, layers: Callable[[], Sequence[Layer]]) -> None:
+        self.state = state
+        self.layers = layers
 
-def _before_model(context: ForwardContext, *_: Any) -> None:
-    _settle(context, context.layers)
-    context.state.saving = True
+    def watch(self, model: nn.Module) -> list[Any]:
+        """Put the hook on a model. Returns handles that take it off again."""
+        return [
+            model.register_state_dict_pre_hook(self.before),
+            model.register_state_dict_post_hook(partial(self.after)),
+        ]
 
+    def before(self, *_: Any) -> None:
+        """State dict hook of the model."""
+        _settle(self.state, self.layers())
+        self.state.call.saving = True
 
-def _after_model(context: ForwardContext, *_: Any) -> None:
-    context.state.saving = False
+    def after(self, *_: Any) -> None:
+        """State dict hook of the model."""
+        self.state.call.saving = False
 
 
 def before_layer(layer: Any, *_: Any) -> None:
     """State dict hook of a ReftLayer."""
-    if not layer.context.state.saving:
-        _settle(layer.context, [layer])
+    if not layer.state.call.saving:
+        _settle(layer.state, [layer])
 
 
-def _settle(context: Any, layers: Sequence[ReftLayer]) -> None:
+def _settle(state: ModelState, layers: Sequence[Layer]) -> None:
     """Have the parameters of some layers be what is to be saved, and the next forward read them as they are saved."""
-    context.settle_checks()
-    context.forget_weights()
+    state.checks.settle()
+    state.weights.forget()
     for layer in layers:
         layer.keep_weights()
         layer.bases.doubt_all()
-    retract_stale(layers)
+    retract_stale([layer.bases for layer in layers])

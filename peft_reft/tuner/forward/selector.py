@@ -1,10 +1,10 @@
 """The tokens that an adapter edits in one call of a model.
 
-This module puts together what the arguments of the call say (transformers_api.py), the rules of the adapter (batch.py) and, within
+This module puts together what the call says of its tokens (positions/batch.py), the rules of the adapter (positions/spec.py) and, within
 `generate`, its prompts (generation.py). What it remembers of earlier batches is what a batch alone does not say. It knows nothing
 of layers.
 
-Dimensions: B rows of the batch, S tokens, Q sequences, T = B * S, R rank.
+Dimensions: B rows of the batch, S tokens of a row, R rank.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..positions.batch import Batch, Rules, locate
-from ..positions.deferred_checks import QUEUEING, Checks
-from ..positions.selection import Selection, places, round_up, select
+from ..positions.batch import Batch, select_tokens
+from ..positions.deferred_checks import Checks
+from ..positions.selection import Selection
+from ..positions.spec import Rules
 from ..positions.subspaces import kept_directions
 from .generation import Generation
 from .transformers_api import Past, find_past
@@ -38,19 +39,21 @@ class Call:
     Args:
         model_name (`str`): The model's class, for messages.
         arguments (`dict`): Its arguments, by name, but for those that only ReFT reads.
-        told (`dict`): What it was told of its prompts besides the tokens: `prompt_lengths`, `intervention_mask`, `subspaces`.
+        batch (`Batch`, *optional*): The tokens in them. None: there are none.
+        prefix (`str`): What the names of its tokens begin with: `"decoder_"` in an encoder-decoder model.
+        subspaces: What the caller says of subspaces, if anything.
         training (`bool`): Whether the model is in training mode.
         generation (`Generation`, *optional*): The `generate` that it belongs to.
-        prefix (`str`): What the names of its tokens begin with: `"decoder_"` in an encoder-decoder model.
         in_encoder (`bool`): Whether it is one of the encoder of an encoder-decoder model.
     """
 
     model_name: str
     arguments: dict[str, Any]
-    told: dict[str, Any]
+    batch: Batch | None
+    prefix: str
+    subspaces: Any
     training: bool
     generation: Generation | None
-    prefix: str
     in_encoder: bool
 
 
@@ -58,21 +61,19 @@ class Selector:
     """Finds the tokens that adapters edit in the calls of one model.
 
     Args:
-        queueing (`tuple[str, ...]`): The types of devices that are not waited for.
+        checks (`Checks`): Where conditions are noted that would have to be read from a device.
     """
 
-    def __init__(self, queueing: tuple[str, ...] = QUEUEING) -> None:
-        self.checks = Checks(queueing)
-        self._queueing = queueing
+    def __init__(self, checks: Checks) -> None:
+        self._checks = checks
         self._saw_labels = False
         self._masks_number: bool | None = None
 
-    def select(self, rules: Rules, subspaces: dict[str, int] | None, call: Call) -> Selection | None:
+    def select(self, rules: Rules, call: Call) -> Selection | None:
         """The tokens that an adapter edits in a call. None: it is a decode step.
 
         Args:
-            rules (`Rules`): Those of the adapter.
-            subspaces (`dict[str, int]`, *optional*): Its groups of directions.
+            rules (`Rules`): How the adapter finds its tokens.
             call (`Call`): The call.
 
         Raises:
@@ -83,34 +84,32 @@ class Selector:
             rules = replace(rules, reads_labels=False)
         elif not rules.spec.all_tokens and generation is not None and generation.decodes(call.arguments):
             return None
-        given = Batch.from_inputs({**call.arguments, **call.told}, call.prefix)
-        if given is None:
+        if call.batch is None:
             raise ValueError(
                 f"{rules} counts tokens, but the model was called without {call.prefix}input_ids [batch, tokens] or "
                 f"{call.prefix}inputs_embeds. Pass one of them, or set positions='all', which works on any model."
             )
-        batch = self._with_plain_mask(given)
+        batch = self._with_plain_mask(call.batch)
         training = call.training and generation is None
-        selection: Selection | None
-        if rules.spec.all_tokens:
-            everything_BS = torch.ones(batch.shape, dtype=torch.bool, device=batch.device)
-            selection = Selection(everything_BS, None, None)
-        elif call.in_encoder or (generation is None and batch.told == "intervention_mask"):
-            selection = self._select_in_batch(rules, batch, training)  # whatever a cache may hold
-        else:
-            past = find_past(call.model_name, call.arguments)
-            if generation is not None:
-                selection = generation.select(rules, batch, past)
-            else:
-                read = 0 if past is None else _length(rules, past)
-                if read > 0 and batch.told is None:
-                    _refuse_several(batch, read)
-                    selection = None  # a decode step
-                else:
-                    selection = self._select_in_batch(rules, batch, training, read)
-        if selection is None or subspaces is None:
+        selection = self._select(rules, batch, call, training)
+        if selection is None or not rules.subspaces:
             return selection
-        return replace(selection, kept_TR=_kept(subspaces, call, batch, training))
+        kept_R_of_tokens = _kept(rules, call, batch, training)
+        return selection if kept_R_of_tokens is None else selection.in_directions(kept_R_of_tokens)
+
+    def _select(self, rules: Rules, batch: Batch, call: Call, training: bool) -> Selection | None:
+        if rules.spec.all_tokens:
+            return Selection(torch.ones(batch.shape, dtype=torch.bool, device=batch.device))
+        if call.in_encoder or (call.generation is None and batch.told == "intervention_mask"):
+            return self._select_in_batch(rules, batch, training)  # whatever a cache may hold
+        past = find_past(call.model_name, call.arguments)
+        if call.generation is not None:
+            return call.generation.select(rules, batch, past)
+        read = 0 if past is None else _length(rules, past)
+        if read == 0 or batch.told is not None:
+            return self._select_in_batch(rules, batch, training, read)
+        _refuse_several(batch, read)
+        return None  # a decode step
 
     def _with_plain_mask(self, batch: Batch) -> Batch:
         """The batch, with a mask of integers as one of booleans where it does not number packed sequences.
@@ -123,7 +122,7 @@ class Selector:
             numbers
             or not isinstance(mask, Tensor)
             or mask.dtype == torch.bool
-            or mask.device.type not in self._queueing
+            or not self._checks.are_deferred_on(mask.device)
         ):
             return batch
         numbered = mask.amax() > 1
@@ -131,36 +130,21 @@ class Selector:
             self._masks_number = bool(numbered)
         if self._masks_number:
             return batch
-        self.checks.require(numbered[None], _refuse_late_numbers)
+        self._checks.require(numbered[None], _refuse_late_numbers)
         return replace(batch, attention_mask=mask != 0)
 
     def _select_in_batch(self, rules: Rules, batch: Batch, training: bool, past: int = 0) -> Selection:
         """The tokens of a batch, or, where it continues a cache of `past` tokens and its prompts are told, of the rest."""
         if past > 0:
-            whole = (batch.shape[0], past + batch.shape[1])
-            located = locate(
-                rules,
-                Batch(
-                    whole,
-                    batch.device,
-                    attention_mask=batch.attention_mask,
-                    prompt_lengths=batch.prompt_lengths,
-                ),
-                training,
-                self.checks,
-            )
-        else:
-            located = locate(rules, batch, training, self.checks)
-        if located.source == "labels":
+            batch = replace(batch, shape=(batch.shape[0], past + batch.shape[1]))
+            batch = replace(batch, input_ids=None, position_ids=None, cu_seq_lens=None, labels=None)
+        tokens = select_tokens(rules, batch, training, self._checks)
+        if tokens.source == "labels":
             self._saw_labels |= training
-        elif located.source == "all tokens" and rules.reads_labels and self._saw_labels:
+        elif tokens.source == "all tokens" and rules.reads_labels and self._saw_labels:
             self._saw_labels = False  # say it once
             warnings.warn(UNTOLD_EVALUATION)
-        limit = None
-        if located.runs is not None:
-            packed = located.runs != batch.shape[0]
-            limit = places(rules.spec, rules.groups, round_up(located.runs) if packed else located.runs)
-        return select(located.first_BS[:, past:], located.last_BS[:, past:], rules.groups, limit)
+        return tokens.after(past, rules)
 
 
 def _length(rules: Rules, past: Past) -> int:
@@ -192,10 +176,10 @@ def _refuse_late_numbers(numbers: list[int]) -> ValueError | None:
     )
 
 
-def _kept(groups: dict[str, int], call: Call, batch: Batch, training: bool) -> Tensor | None:
-    """The directions that each token's example uses, [T, R]. None: all of them, where nothing is said."""
-    given, generation = call.told.get("subspaces"), call.generation
-    if given is None:
+def _kept(rules: Rules, call: Call, batch: Batch, training: bool) -> Tensor | None:
+    """The directions that each token's example uses, [B · S, R]. None: all of them, where nothing is said."""
+    groups, generation = dict(rules.subspaces), call.generation
+    if call.subspaces is None:
         if training:
             raise ValueError(
                 f"The adapter has subspaces ({', '.join(groups)}), and the training batch does not say which its examples use. "
@@ -203,7 +187,7 @@ def _kept(groups: dict[str, int], call: Call, batch: Batch, training: bool) -> T
             )
         return None
     if generation is None:
-        kept_QR = kept_directions(given, groups, batch.sequences.count, batch.device)
+        kept_QR = kept_directions(call.subspaces, groups, batch.sequences.count, batch.device)
         return batch.sequences.spread(kept_QR).flatten(0, 1)
-    kept_QR = kept_directions(given, groups, generation.rows, batch.device)
+    kept_QR = kept_directions(call.subspaces, groups, generation.rows, batch.device)
     return kept_QR.repeat_interleave(batch.shape[0] // generation.rows * batch.shape[1], dim=0)

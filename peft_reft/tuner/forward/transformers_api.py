@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..positions.batch import PACKING
+from ..positions.template import TextTemplate
 from ..versions import gone, require, way_out
 
 
@@ -44,7 +47,6 @@ RELIED_ON = (
 )
 # Arguments of `generate` that change which tokens are a prompt, or are padding. A GenerationConfig has each of them.
 GENERATION_SETTINGS = ("guidance_scale", "pad_token_id", "eos_token_id")
-PACKING = "cu_seq_lens_q"  # where the sequences of a packed batch begin and end, for flash attention
 
 
 @functools.cache
@@ -227,6 +229,65 @@ def inferred_mask(model: Any, input_ids: Tensor, kwargs: Mapping[str, Any]) -> T
     if pad is None or pad in end_ids(eos):
         return torch.ones_like(input_ids)
     return (input_ids != pad).long()
+
+
+# -- tokenizers ----------------------------------------------------------------------------------------------------------
+
+
+def text_template(text: str, tokenizer: Any) -> TextTemplate:
+    """A response template of text, for the tokens of a tokenizer.
+
+    Args:
+        text (`str`): The text.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): The tokenizer that made the tokens to search in.
+
+    Raises:
+        ValueError: for a tokenizer whose tokens do not say which bytes they stand for, or that changes the text.
+    """
+    template = TextTemplate(text, _token_bytes(tokenizer))
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not template.occurs_in(ids):
+        raise ValueError(
+            f"response_template={text!r} is not found in its own tokens: {type(tokenizer).__name__} changes the text. "
+            f"Give the token ids that your prompts end with, for example response_template={ids}."
+        )
+    return template
+
+
+def _token_bytes(tokenizer: Any) -> list[bytes]:
+    """The bytes that each token stands for, by its id."""
+    kinds = _decoders(tokenizer)
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
+    if "ByteLevel" in kinds:
+        byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+
+        def read(token: str) -> bytes:
+            return b"".join(bytes([byte_of[c]]) if c in byte_of else c.encode() for c in token)
+    elif {"ByteFallback", "Metaspace", "Replace"} & kinds:
+
+        def read(token: str) -> bytes:
+            if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+                return bytes([int(token[3:5], 16)])
+            return token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+    else:
+        raise ValueError(
+            f"response_template as text needs a tokenizer of byte-level or SentencePiece kind, and {type(tokenizer).__name__} "
+            "is neither. Give the token ids that your prompts end with, for example response_template=[32, 7, 13]."
+        )
+    return [
+        added[index].encode() if index in added else read(token) if token is not None else b""
+        for index, token in enumerate(tokens)
+    ]
+
+
+def _decoders(tokenizer: Any) -> set[str]:
+    """The names of the steps with which a tokenizer makes text of tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return set()
+    decoder = json.loads(backend.to_str())["decoder"] or {}
+    return {step["type"] for step in [decoder, *decoder.get("decoders", ())] if "type" in step}
 
 
 # -- models --------------------------------------------------------------------------------------------------------------

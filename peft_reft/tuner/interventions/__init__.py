@@ -1,0 +1,1 @@
+"""What is done to a hidden state: the six edits, as functions of tensors."""

@@ -1,7 +1,7 @@
 """The six edits of ReFT, as pure functions of tensors.
 
 This module knows the formulas and how their weights start. Which rows are edited, where the weights live and how R is
-kept orthonormal is left to positions.py, layer.py and rotation.py.
+kept orthonormal is left to positions/, parameters/ and orthogonal.py; apply.py edits by these formulas.
 
 Every edit adds a combination of the r rows of R to a hidden state h, h + Rᵀc, and they differ in c alone:
 
@@ -21,13 +21,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import repeat
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-from ..forward.transformers_api import ACT2FN
+from transformers.activations import ACT2FN
 
 
 # Those that weights are computed and saved in. The 8-bit ones only store them.
@@ -64,86 +61,6 @@ INTERVENTIONS: dict[str, Intervention] = {
 def activation(name: str | None) -> Callable[[Tensor], Tensor] | None:
     """The activation function of that name in transformers, None for the identity."""
     return None if name in (None, "linear") else ACT2FN[name]
-
-
-class EditWeights(NamedTuple):
-    """The weights of an edit as it reads them, of one layer or, with a dimension in front, of several.
-
-    Groups stand side by side, so that the tokens of all are edited by the same few products. What a token has to do with the
-    directions of another group than its own is left out afterwards.
-
-    Args:
-        R_QD (`torch.Tensor`): [Q, D], the directions of all groups, Q = G · r.
-        source_DP (`torch.Tensor`, *optional*): [D, P], all that h is projected on: P is Q, or 2Q where an activation function keeps
-            Wh and Rh apart.
-        bias_P (`torch.Tensor`, *optional*): [P].
-    """
-
-    R_QD: Tensor
-    source_DP: Tensor | None
-    bias_P: Tensor | None
-
-    @classmethod
-    def of(
-        cls,
-        intervention: Intervention,
-        R_GRD: Tensor,
-        W_GRD: Tensor | None,
-        b_GR: Tensor | None,
-        act: Callable[[Tensor], Tensor] | None,
-    ) -> EditWeights:
-        """Those of an edit with these parameters.
-
-        Args:
-            intervention (`Intervention`): The edit.
-            R_GRD, W_GRD, b_GR (`torch.Tensor`): Its parameters; None for those that it does not have.
-            act: Activation function of the source, None for the identity.
-        """
-        source_GRD, bias_GR = (W_GRD, b_GR) if act else affine_source(intervention, R_GRD, W_GRD, b_GR)
-        R_QD = R_GRD.flatten(-3, -2)
-        source_PD = None if source_GRD is None else source_GRD.flatten(-3, -2)
-        bias_P = None if bias_GR is None else bias_GR.flatten(-2)
-        if act is not None and intervention.replaces and source_PD is not None:
-            bias_P = None if bias_P is None else nn.functional.pad(bias_P, (0, source_PD.shape[-2]))
-            source_PD = torch.cat([source_PD, R_QD], dim=-2)
-        return cls(R_QD, None if source_PD is None else source_PD.mT, bias_P)
-
-    def to(self, dtype: torch.dtype) -> EditWeights:
-        """The same in another dtype."""
-        return EditWeights(*(None if t is None else t.to(dtype) for t in self))  # type: ignore[arg-type]
-
-    def unbind(self) -> list[EditWeights]:
-        """Those of each of several layers."""
-        return list(map(EditWeights, *(repeat(None) if t is None else t.unbind() for t in self)))
-
-
-def coefficients(
-    intervention: Intervention, h_TD: Tensor, weights: EditWeights, act: Callable[[Tensor], Tensor] | None
-) -> Tensor:
-    """c in h + Rᵀc, for each row and the directions of all groups.
-
-    Args:
-        intervention (`Intervention`): The edit.
-        h_TD (`torch.Tensor`): [T, D], the hidden states to edit, in the dtype of the weights.
-        weights (`EditWeights`): Those of the edit, made with the same `act`.
-        act: Activation function of the source, None for the identity.
-
-    Returns:
-        `torch.Tensor`: [T, Q], in the dtype of the weights.
-    """
-    source_DP, bias_P = weights.source_DP, weights.bias_P
-    if source_DP is None:
-        assert bias_P is not None
-        return bias_P.expand(h_TD.shape[0], -1)
-    projected_TP = h_TD.mm(source_DP)
-    if bias_P is not None:
-        projected_TP.add_(bias_P)  # quicker on a CPU than addmm, forward and backward
-    if act is None:
-        return projected_TP
-    if not intervention.replaces:
-        return act(projected_TP)
-    directions = weights.R_QD.shape[0]
-    return act(projected_TP[:, :directions]) - projected_TP[:, directions:]
 
 
 def affine_source(

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -25,11 +25,6 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from ..interventions import orthogonal
 from ..interventions.formulas import INTERVENTIONS
 from . import distributed
-
-
-if TYPE_CHECKING:
-    from ..forward.context import ForwardContext
-    from ..layer import ReftLayer
 
 
 class Bases:
@@ -57,8 +52,12 @@ class Bases:
     def _is_orthonormal(self, name: str, basis: nn.Parameter) -> bool:
         return INTERVENTIONS[self._configs[name].intervention].orthonormal and not basis.is_meta
 
-    def stale(self) -> dict[str, nn.Parameter]:
-        """Those of them that something has changed since, or may have, but for what an engine keeps."""
+    def stale(self, distributed_run: bool) -> dict[str, nn.Parameter]:
+        """Those of them that something has changed since, or may have.
+
+        Args:
+            distributed_run (`bool`): Whether an engine may own some, which are left out.
+        """
         # Asked for every layer in every forward: past ParameterDict's own ways, and what is likeliest to rule one out first.
         clean, doubted = self._clean, self._doubted
         changed = {
@@ -68,7 +67,7 @@ class Bases:
             and (name in doubted or clean.get(name) != _state(basis))
             and self._is_orthonormal(name, basis)
         }
-        if changed and distributed.is_distributed():
+        if changed and distributed_run:
             return {name: basis for name, basis in changed.items() if not distributed.is_kept(basis)}
         return changed
 
@@ -119,10 +118,11 @@ def _state(basis: nn.Parameter) -> tuple[int, int, torch.dtype]:
 _RETRACTING = threading.Lock()
 
 
-def retract_stale(layers: Iterable[ReftLayer]) -> None:
-    """Make every basis that has changed orthonormal again, those of all the layers at once."""
+def retract_stale(layers: Iterable[Bases]) -> None:
+    """Make every R that has changed orthonormal again, those of several layers at once."""
     with _RETRACTING:
-        stale = [(layer.bases, name, basis) for layer in layers for name, basis in layer.bases.stale().items()]
+        distributed_run = distributed.is_distributed()
+        stale = [(bases, name, basis) for bases in layers for name, basis in bases.stale(distributed_run).items()]
         if stale:
             doubted = [basis for bases, name, basis in stale if bases.only_doubted(name)]
             changed = [basis for bases, name, basis in stale if not bases.only_doubted(name)]
@@ -131,48 +131,62 @@ def retract_stale(layers: Iterable[ReftLayer]) -> None:
                 bases.mark_clean(name)
 
 
-def retract_before_forward(model: nn.Module, layers: list[ReftLayer]) -> None:
+def retract_before_forward(model: nn.Module, layers: Sequence[Bases]) -> None:
     """The same for a model that may be one process's part of a larger one."""
-    if distributed.is_distributed() and any(layer.bases.stale() for layer in layers):
+    if distributed.is_distributed() and any(bases.stale(True) for bases in layers):
         gathered = distributed.has_gathered_parameters(model)
-        for layer in layers if gathered else ():
-            layer.bases.trust_replaced()
+        for bases in layers if gathered else ():
+            bases.trust_replaced()
     retract_stale(layers)
 
 
 # -- steps ---------------------------------------------------------------------------------------------------------------
 
+
+class Watcher(Protocol):
+    """Who is told of the steps of optimizers."""
+
+    def all_bases(self) -> Sequence[Bases]:
+        """The R of its layers."""
+
+    def forget_weights(self) -> None:
+        """What it has made of the parameters is no longer what they are."""
+
+
 # In the order in which they were made, which is that of all processes: a set would give each its own.
-_watching: list[weakref.ref[ForwardContext]] = []
+_watching: list[weakref.ref[Watcher]] = []
 
 
-def watch_steps(context: ForwardContext) -> None:
-    """Notice what optimizers change of the layers of a context, for as long as it lives."""
-    if not any(known() is context for known in _watching):
-        _watching.append(weakref.ref(context))
+def watch_steps(watcher: Watcher) -> None:
+    """Tell a watcher what optimizers change, for as long as it lives."""
+    if not any(known() is watcher for known in _watching):
+        _watching.append(weakref.ref(watcher))
 
 
 @torch.compiler.disable
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
-    """Hook of all optimizers."""
+    """Hook of all optimizers of the process."""
+    if not _watching:
+        return
     _watching[:] = [known for known in _watching if known() is not None]
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    several = distributed.is_distributed()
+    distributed_run = distributed.is_distributed()
     kept = []
-    for context in [context for known in _watching if (context := known()) is not None]:
-        context.forget_weights()
-        for layer in context.layers:
-            if several:
-                kept += _kept_and_stepped(layer, stepped)
-            layer.bases.mark_stepped(stepped)
-    distributed.retract(kept)
+    for watcher in [watcher for known in _watching if (watcher := known()) is not None]:
+        watcher.forget_weights()
+        for bases in watcher.all_bases():
+            if distributed_run:
+                kept += _kept_and_stepped(bases, stepped)
+            bases.mark_stepped(stepped)
+    if kept:
+        distributed.retract(kept)
 
 
-def _kept_and_stepped(layer: ReftLayer, stepped: set[int]) -> list[nn.Parameter]:
-    """The bases of a layer that an engine keeps, and has stepped. DeepSpeed's optimizers step parameters of its own."""
+def _kept_and_stepped(bases: Bases, stepped: set[int]) -> list[nn.Parameter]:
+    """The R of a layer that an engine owns, and has stepped. DeepSpeed's optimizers step parameters of its own."""
     return [
         basis
-        for basis in layer.bases.orthonormal().values()
+        for basis in bases.orthonormal().values()
         if distributed.is_kept(basis)
         and (id(basis) in stepped or (basis.requires_grad and distributed.is_in_zero(basis)))
     ]

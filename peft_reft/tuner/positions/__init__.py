@@ -1,0 +1,1 @@
+"""Which tokens are edited: sequences, prompts and positions, as functions of tensors."""

@@ -1,13 +1,15 @@
 """What a batch says of its tokens, and the tokens that an adapter edits by it.
 
 This module reads a batch as models, collators and trainers know it (`labels`, `attention_mask`, `prompt_lengths`, ...)
-and applies the rules of docs/positions.md to it. It knows nothing of caches, calls or layers: the context applies it to
-the call of a model, and `explain_positions` and the collator to a batch by itself.
+and applies the rules of docs/positions.md to it. It knows nothing of caches, calls or layers: forward/selector.py applies it to
+the calls of a model, and `explain_positions` and the collator to a batch by itself.
+
+Dimensions: B rows of the batch, S tokens of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -15,8 +17,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..config import ANSWERING, ReftConfig
-from ..forward.transformers_api import PACKING, end_ids
 from .deferred_checks import Checks
 from .prompts import (
     IGNORED_LABEL,
@@ -30,63 +30,19 @@ from .prompts import (
     total_within,
     whole,
 )
-from .selection import PositionSpec, first_and_last, masks_from_intervention_mask
-from .template import IdTemplate, TextTemplate
+from .selection import Selection, round_up, select, slots
+from .spec import Rules, first_and_last, masks_from_intervention_mask
 
+
+# What a caller says of the prompts in so many words. Only ReFT reads these arguments: the base model does not get them.
+TOLD = ("prompt_lengths", "intervention_mask", "subspaces")
+PACKING = "cu_seq_lens_q"  # transformers' name for where the sequences of a packed batch begin and end
 
 WAYS_OUT = (
     "Say it in one of these ways: labels with -100 at the prompt; prompt_lengths [batch], which "
     "peft_reft.PromptLengthsCollator(data_collator) adds from labels or a completion mask; response_template in "
     "ReftConfig, the text that answers begin after; or positions='all'"
 )
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How one adapter finds its tokens. Adapters with equal rules share a Selection.
-
-    Args:
-        spec (`PositionSpec`): Which tokens of a prompt.
-        groups (`int`): G, 2 when first and last tokens have weights of their own.
-        every (`bool`): Whether each turn has a prompt, else the first only.
-        template (`IdTemplate` or `TextTemplate`, *optional*): What an answer begins after.
-        end_ids (`tuple[int, ...]`): The tokens that end an answer.
-        reads_labels (`bool`): Whether labels mark answers, and not classes.
-    """
-
-    spec: PositionSpec
-    groups: int
-    every: bool = False
-    template: IdTemplate | TextTemplate | None = None
-    end_ids: tuple[int, ...] = ()
-    reads_labels: bool = True
-
-    @classmethod
-    def of(cls, config: ReftConfig, tokenizer: Callable[[], Any], eos: Any, can_generate: bool) -> Rules:
-        """Those of an adapter.
-
-        Args:
-            config (`ReftConfig`): Its configuration.
-            tokenizer (`Callable[[], PreTrainedTokenizerBase]`): Gives the tokenizer, where a text template needs it.
-            eos (`int` or `list[int]`, *optional*): The tokens at which the model's `generate` stops.
-            can_generate (`bool`): Whether the model can, which decides where the config has no task type.
-        """
-        template: IdTemplate | TextTemplate | None = None
-        if isinstance(config.response_template, str):
-            template = TextTemplate(config.response_template, tokenizer())
-        elif config.response_template is not None:
-            template = IdTemplate(config.response_template)
-        return cls(
-            spec=config.spec,
-            groups=config.groups,
-            every=config.prompt_boundary == "every",
-            template=template,
-            end_ids=end_ids(eos),
-            reads_labels=can_generate if config.task_type is None else config.task_type in ANSWERING,
-        )
-
-    def __str__(self) -> str:
-        return f"positions={self.spec}"
 
 
 @dataclass(frozen=True)
@@ -160,7 +116,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Located:
+class SelectedTokens:
     """The tokens of a batch that an adapter edits.
 
     Args:
@@ -177,18 +133,49 @@ class Located:
     source: str
     prompt_BS: Tensor | None = None
 
+    def after(self, column: int, rules: Rules) -> Selection:
+        """The Selection of those that stand in a column or after it.
 
-def locate(rules: Rules, batch: Batch, training: bool, checks: Checks | None = None) -> Located:
+        Args:
+            column (`int`): The column, counted from 0.
+            rules (`Rules`): The rules by which they were selected.
+        """
+        limit = None
+        if self.runs is not None:
+            packed = self.runs != self.first_BS.shape[0]
+            limit = slots(rules.spec, rules.groups, round_up(self.runs) if packed else self.runs)
+        return select(self.first_BS[:, column:], self.last_BS[:, column:], rules.groups, limit)
+
+    def in_columns(self, column: int, width: int, repeats: int, rules: Rules) -> Selection:
+        """The Selection of those in a stretch of columns of a batch that repeats each row, as beams do.
+
+        Args:
+            column (`int`): Where the stretch begins.
+            width (`int`): How many columns it has. Those beyond the batch hold what has been generated.
+            repeats (`int`): How many times each row stands in it, one after the other.
+            rules (`Rules`): The rules by which they were selected.
+        """
+        first_BS, last_BS = (_columns(mask, column, width, repeats) for mask in (self.first_BS, self.last_BS))
+        limit = None if self.runs is None else slots(rules.spec, rules.groups, self.runs * repeats)
+        return select(first_BS, last_BS, rules.groups, limit)
+
+
+def _columns(mask_BS: Tensor, column: int, width: int, repeats: int) -> Tensor:
+    here_BS = mask_BS[:, column : column + width].repeat_interleave(repeats, dim=0)
+    return nn.functional.pad(here_BS, (0, width - here_BS.shape[1]))
+
+
+def select_tokens(rules: Rules, batch: Batch, training: bool, checks: Checks | None = None) -> SelectedTokens:
     """The tokens that an adapter edits in a batch.
 
     What tells the prompts is, in this order: `intervention_mask` or `prompt_lengths`, the response template, labels.
     Without any, all real tokens are prompt.
 
     Args:
-        rules (`Rules`): Those of the adapter.
+        rules (`Rules`): How the adapter finds its tokens.
         batch (`Batch`): The batch, whole: not the rest of a prompt whose start is in a cache.
         training (`bool`): Whether the model is trained on it, so that answers are among the tokens.
-        checks (`Checks`, *optional*): Where what has to be read from the device to be refused is noted. None: it is read at once.
+        checks (`Checks`, *optional*): Where a condition is noted that would have to be read from the device. None: it is read at once.
 
     Raises:
         ValueError: when tensors do not fit the batch, and when it does not say where its prompts are, or has none.
@@ -200,7 +187,7 @@ def locate(rules: Rules, batch: Batch, training: bool, checks: Checks | None = N
         )
         if training:
             _refuse_empty(checks, rules, "intervention_mask", first_BS | last_BS)
-        return Located(first_BS, last_BS, None, "intervention_mask")
+        return SelectedTokens(first_BS, last_BS, None, "intervention_mask")
     sequences = batch.sequences
     prompts, source = _prompts(rules, batch, sequences, training, checks)
     first_BS, last_BS = first_and_last(prompts, rules.spec)
@@ -208,7 +195,7 @@ def locate(rules: Rules, batch: Batch, training: bool, checks: Checks | None = N
         _refuse_empty(checks, rules, source, first_BS | last_BS, prompts.prompt_BS)
     elif source in ("labels", "prompt_lengths"):
         _refuse_empty(checks, rules, source, prompts.prompt_BS)
-    return Located(first_BS, last_BS, prompts.runs, source, prompts.prompt_BS)
+    return SelectedTokens(first_BS, last_BS, prompts.runs, source, prompts.prompt_BS)
 
 
 def _prompts(rules: Rules, batch: Batch, sequences: Sequences, training: bool, checks: Checks) -> tuple[Prompts, str]:

@@ -32,6 +32,10 @@ class Checks:
     def __getstate__(self) -> dict[str, Any]:
         return {"_queueing": self._queueing, "_pending": []}
 
+    def are_deferred_on(self, device: torch.device) -> bool:
+        """Whether numbers on a device are read later."""
+        return device.type in self._queueing
+
     def require(self, numbers: Tensor, error_for: Callable[[list[int]], Exception | None]) -> None:
         """Raise, now or later, what `error_for` makes of numbers.
 
@@ -39,7 +43,7 @@ class Checks:
             numbers (`torch.Tensor`): A few integers or booleans.
             error_for (`Callable`): Is given them as a list, and returns the error that they are, if they are one.
         """
-        if numbers.device.type not in self._queueing:
+        if not self.are_deferred_on(numbers.device):
             _raise(error_for(numbers.tolist()))
             return
         copied = numbers.to("cpu", non_blocking=True)

@@ -12,14 +12,9 @@ search (how many bytes of the template the text read so far ends with).
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
-
-from ..forward.transformers_api import bytes_to_unicode
 
 
 class IdTemplate:
@@ -43,28 +38,18 @@ class IdTemplate:
 
 
 class TextTemplate:
-    """A response template of text, for the tokens of one tokenizer.
+    """A response template of text, for the tokens of one vocabulary.
 
     Args:
         text (`str`): The text.
-        tokenizer (`transformers.PreTrainedTokenizerBase`): The tokenizer that made the tokens to search in.
-
-    Raises:
-        ValueError: for a tokenizer whose tokens do not say which bytes they stand for, or that changes the text.
+        tokens (`list[bytes]`): The bytes that each token of the vocabulary stands for, by its id.
     """
 
-    def __init__(self, text: str, tokenizer: Any) -> None:
+    def __init__(self, text: str, tokens: list[bytes]) -> None:
         self.text = text
-        tokens = _token_bytes(tokenizer)
         state_VM, hit_VM = _search_table(text.encode(), tokens)
         self.state_VM = torch.from_numpy(state_VM)
         self.hit_VM = torch.from_numpy(hit_VM)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not self.occurs_in(ids):
-            raise ValueError(
-                f"response_template={text!r} is not found in its own tokens: {type(tokenizer).__name__} changes the text. "
-                f"Give the token ids that your prompts end with, for example response_template={ids}."
-            )
 
     def occurs_in(self, ids: list[int]) -> bool:
         """Whether the text is found in the tokens of one sequence."""
@@ -128,39 +113,3 @@ def _automaton(template: bytes) -> np.ndarray:
             step[state, template[state]] = state + 1
             fallback = step[fallback, template[state]]
     return step
-
-
-def _token_bytes(tokenizer: Any) -> list[bytes]:
-    """The bytes that each token stands for, by its id."""
-    kinds = _decoders(tokenizer)
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
-    if "ByteLevel" in kinds:
-        byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-
-        def read(token: str) -> bytes:
-            return b"".join(bytes([byte_of[c]]) if c in byte_of else c.encode() for c in token)
-    elif {"ByteFallback", "Metaspace", "Replace"} & kinds:
-
-        def read(token: str) -> bytes:
-            if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                return bytes([int(token[3:5], 16)])
-            return token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
-    else:
-        raise ValueError(
-            f"response_template as text needs a tokenizer of byte-level or SentencePiece kind, and {type(tokenizer).__name__} "
-            "is neither. Give the token ids that your prompts end with, for example response_template=[32, 7, 13]."
-        )
-    return [
-        added[index].encode() if index in added else read(token) if token is not None else b""
-        for index, token in enumerate(tokens)
-    ]
-
-
-def _decoders(tokenizer: Any) -> set[str]:
-    """The names of the steps with which a tokenizer makes text of tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return set()
-    decoder = json.loads(backend.to_str())["decoder"] or {}
-    return {step["type"] for step in [decoder, *decoder.get("decoders", ())] if "type" in step}

@@ -1,0 +1,139 @@
+"""The position language, and the rules by which one adapter finds its tokens.
+
+This module knows which tokens of a prompt a spec names. Where the prompts are is prompts.py's.
+
+Dimensions: B rows of the batch, S tokens of a row, G groups of weights.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .prompts import Prompts, as_batch, count_and_total_within
+from .template import IdTemplate, TextTemplate
+
+
+POSITION_EXAMPLES = "'f7+l7' (first 7 and last 7 tokens of the prompt), 'f3', 'l1' or 'all'"
+
+
+@dataclass(frozen=True)
+class PositionSpec:
+    """A parsed `positions` string.
+
+    Args:
+        first (`int`): How many tokens from the start of the prompt.
+        last (`int`): How many tokens back from the end of the prompt.
+        all_tokens (`bool`): `"all"`: every token, of the prompt or not.
+    """
+
+    first: int = 0
+    last: int = 0
+    all_tokens: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> PositionSpec:
+        """Read `"f7+l7"`, `"f3"`, `"l1"` or `"all"`.
+
+        Raises:
+            ValueError: for any other text, naming the field, the text and what is allowed.
+        """
+        if text == "all":
+            return cls(all_tokens=True)
+        counts: dict[str, int] = {}
+        for part in text.split("+") if isinstance(text, str) else [""]:
+            match = re.fullmatch(r"([fl])([1-9][0-9]*)", part.strip())
+            if match is None or match[1] in counts:
+                raise ValueError(f"positions={text!r} does not parse. Write {POSITION_EXAMPLES}.")
+            counts[match[1]] = int(match[2])
+        return cls(first=counts.get("f", 0), last=counts.get("l", 0))
+
+    def __str__(self) -> str:
+        parts = [f"{letter}{count}" for letter, count in (("f", self.first), ("l", self.last)) if count]
+        return repr("all" if self.all_tokens else "+".join(parts))
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether both first and last tokens are named."""
+        return self.first > 0 and self.last > 0
+
+    def groups(self, share_weights: bool) -> int:
+        """G: 2 when the first and the last tokens have weights of their own, else 1."""
+        return 2 if self.two_sided and not share_weights else 1
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How one adapter finds its tokens. Adapters with equal rules share a Selection.
+
+    Args:
+        spec (`PositionSpec`): Which tokens of a prompt.
+        groups (`int`): G, 2 when first and last tokens have weights of their own.
+        every (`bool`): Whether each turn has a prompt, else the first only.
+        template (`IdTemplate` or `TextTemplate`, *optional*): What an answer begins after.
+        end_ids (`tuple[int, ...]`): The tokens that end an answer.
+        reads_labels (`bool`): Whether labels mark answers, and not classes.
+        subspaces (`tuple[tuple[str, int], ...]`): The adapter's groups of directions, with their numbers of directions.
+    """
+
+    spec: PositionSpec
+    groups: int
+    every: bool = False
+    template: IdTemplate | TextTemplate | None = None
+    end_ids: tuple[int, ...] = ()
+    reads_labels: bool = True
+    subspaces: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def depend_on_batch(self) -> bool:
+        """Whether which rows are edited, or in which directions, depends on the batch."""
+        return not self.spec.all_tokens or bool(self.subspaces)
+
+    def __str__(self) -> str:
+        return f"positions={self.spec}"
+
+
+def first_and_last(prompts: Prompts, spec: PositionSpec) -> tuple[Tensor, Tensor]:
+    """The tokens that `spec` names, as two bool masks [B, S]: the first tokens of each sequence, the last of each run.
+
+    A prompt of n < first + last tokens gives its first min(first, n // 2) and its last min(last, n // 2); a one-sided
+    spec takes min(count, n), and so does a run after a sequence's first.
+    """
+    # The rank is 1 for the first token of a run.
+    rank_BS, length_BS = count_and_total_within(prompts.prompt_BS, prompts.start_BS)
+    if spec.two_sided:
+        crowded_BS = length_BS < spec.first + spec.last
+        half_BS = length_BS // 2
+        first_BS = torch.where(crowded_BS, half_BS.clamp(max=spec.first), spec.first)
+        last_BS = torch.where(crowded_BS, half_BS.clamp(max=spec.last), spec.last)
+    else:
+        first_BS, last_BS = length_BS.clamp(max=spec.first), length_BS.clamp(max=spec.last)
+    if prompts.later_BS is not None:  # a later run has last tokens only
+        first_BS = first_BS.masked_fill(prompts.later_BS, 0)
+        last_BS = torch.where(prompts.later_BS, length_BS.clamp(max=spec.last), last_BS)
+    return (
+        prompts.prompt_BS & (rank_BS <= first_BS),
+        prompts.prompt_BS & (rank_BS > length_BS - last_BS),
+    )
+
+
+def masks_from_intervention_mask(
+    intervention_mask: Tensor, shape: tuple[int, int], groups: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Split an `intervention_mask` [B, S] into the tokens of the first and of the second group of weights.
+
+    Raises:
+        ValueError: when its shape is not the batch's, or when it is bool and the adapter has two groups of weights.
+    """
+    mask_BS = as_batch("intervention_mask", intervention_mask, shape, device)
+    if mask_BS.dtype == torch.bool:
+        if groups == 2:
+            raise ValueError(
+                "intervention_mask is bool, but this adapter has separate weights for the first and the last tokens "
+                "(share_weights=False). Pass an integer mask: 0 no edit, 1 the first tokens' weights, 2 the last's."
+            )
+        return mask_BS, torch.zeros_like(mask_BS)
+    return mask_BS == 1, mask_BS == 2
