@@ -29,7 +29,7 @@ NEAREST = r"Adapter 'default': the rows of 3 of 3 tensors reft_R .*off by up to 
 
 
 def adapted(**settings) -> PeftModel:
-    model = get_peft_model(build("llama"), ReftConfig(**CONFIG, **settings))
+    model = get_peft_model(build("llama"), ReftConfig(**{**CONFIG, **settings}))
     randomize(model)
     return model.eval()
 
@@ -131,6 +131,18 @@ def test_what_is_saved_is_what_the_live_model_computes(write, native, tmp_path):
         assert torch.equal(logits(PeftModel.from_pretrained(build("llama"), tmp_path).eval()), live)
 
 
+def test_W_alone_is_written_and_saved(tmp_path):
+    """Which no R gives away: a forward may have prepared the W of before."""
+    model = adapted()
+    before = logits(model)
+    for layer in layers(model):
+        weight(layer, "W").data.mul_(2)
+    model.save_pretrained(tmp_path)
+    live = logits(model)
+    assert not torch.equal(live, before)
+    assert torch.equal(logits(PeftModel.from_pretrained(build("llama"), tmp_path).eval()), live)
+
+
 def test_an_average_that_is_swapped_in_for_evaluation(tmp_path):
     model = adapted().train()
     logits(model)
@@ -143,11 +155,14 @@ def test_an_average_that_is_swapped_in_for_evaluation(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "positions", ["f2+l2", "all"]
+)  # of which one reads a stack of all layers' R, the other each R itself
+@pytest.mark.parametrize(
     "between", [lambda model: model.state_dict(), lambda model: model.eval()], ids=["saved", "evaluated"]
 )
-def test_nothing_is_written_between_a_forward_and_its_backward(between):
+def test_nothing_is_written_between_a_forward_and_its_backward(between, positions):
     """A write, even of the same values, would be an error of autograd."""
-    model = adapted().train()
+    model = adapted(positions=positions).train()
     batch = labelled(9, 4, prompt=3, seed=0)
     model(**batch).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
