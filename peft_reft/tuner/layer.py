@@ -156,11 +156,12 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         Args:
             mixed (`Sequence[str]`, *optional*): The adapters of a batch whose examples have each their own, in place of the active ones.
         """
-        if HOOK in vars(self.reft_R):
+        reft_R: Any = self._modules["reft_R"]
+        if HOOK in vars(reft_R):
             self.keep_weights()
         if self.merged_adapters or self.disable_adapters:
             return []
-        known = self.reft_R._parameters
+        known = reft_R._parameters
         return [
             LayerAdapter(self.name, name, self.in_encoder, self._edit(name), *self.weights(name))
             for name in (self.active_adapters if mixed is None else mixed)
@@ -169,9 +170,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def _edit(self, adapter_name: str) -> Edit:
         """What an adapter does, with dropout as it is switched now."""
-        dropout = self.reft_dropout._modules[adapter_name]
-        assert isinstance(dropout, nn.Dropout)
-        edit = self._edits[adapter_name]
+        edit, modules = self._edits[adapter_name], self._modules
+        dropout: Any = modules["reft_dropout"]._modules[adapter_name]  # type: ignore[union-attr]
         return Edit(edit.intervention, edit.act, dropout.p) if dropout.training and dropout.p > 0 else edit
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -182,12 +182,13 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def weights(self, adapter_name: str) -> Parameters:
         """R, W and b of an adapter, where it has them."""
-        dicts = (self.reft_R, self.reft_W, self.reft_b)
-        # Past ParameterDict's own ways, which take their time: this is asked for every layer in every step. What DataParallel
-        # replicates has its parameters elsewhere.
-        R, W, b = (weights._parameters.get(adapter_name) for weights in dicts)
-        if R is None:
-            R, W, b = (weights[adapter_name] if adapter_name in weights else None for weights in dicts)
+        # Past the lookups of Module and ParameterDict, which take their time: every layer is asked in every forward.
+        own: Any = self._modules
+        R = own["reft_R"]._parameters.get(adapter_name)
+        if R is not None:
+            return R, own["reft_W"]._parameters.get(adapter_name), own["reft_b"]._parameters.get(adapter_name)
+        # The copies that DataParallel makes have their parameters elsewhere.
+        R, W, b = (own[name][adapter_name] if adapter_name in own[name] else None for name in self.adapter_layer_names)
         assert R is not None
         return R, W, b
 
