@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 TESTS ?= all
 # What can differ between stacks: what needs axolotl or has parts that do, and what stands on private or moving parts of PEFT,
 # transformers and TRL. The rest is about ReFT's own arithmetic and files, and is shown once, on the newest stack.
-STACK_TESTS = $(addprefix tests/test_,$(addsuffix .py,axolotl recipes packing evaluation switching \
+STACK_TESTS = $(addprefix tests/test_,$(addsuffix .py,axolotl axolotl_versions recipes packing evaluation switching \
 	positions prompts templates properties generation trainer trl peft loading checkpointing mixed_batches quantized transformers))
 CANARY_TESTS = $(addprefix tests/test_,$(addsuffix .py,positions properties generation trainer))
 BENCH_ARGS ?=
