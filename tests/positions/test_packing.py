@@ -47,7 +47,7 @@ def axolotl_multipack() -> Callable:
     )
 
     def with_positions(rows: list[dict]) -> dict:
-        # axolotl's datasets have both; its trainer drops attention_mask where the attention tells sequences by positions
+        # axolotl datasets have both; the trainer drops attention_mask where the attention tells sequences by positions
         lengths = [len(row["input_ids"]) for row in rows]
         columns = [{"position_ids": list(range(n)), "attention_mask": [1] * n} for n in lengths]
         rows = [{**row, **more} for row, more in zip(rows, columns)]

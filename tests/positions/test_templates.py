@@ -27,7 +27,7 @@ def template(text: str, kind: str) -> TextTemplate:
 
 
 def ends_of(text: str, wanted: str, kind: str) -> tuple[torch.Tensor, list[int]]:
-    """The token ids of a text, and the indices of the tokens in which a match ends, by the characters that each covers."""
+    """The ids of a text, and the indices of the tokens in which a match ends, by the characters that each covers."""
     encoded = tokenizer(kind)(text, return_offsets_mapping=True)
     ends, at = set(), text.find(wanted)
     while at >= 0:
