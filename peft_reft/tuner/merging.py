@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .engines_api import has_hook
 from .forward.transformers_api import Conv1D
-from .interventions.formulas import INTERVENTIONS, WEIGHT_DTYPES, activation, affine_source
+from .interventions.formulas import INTERVENTIONS, WEIGHT_DTYPES, activation, affine_form
 from .peft_api import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
 
 
@@ -150,7 +150,7 @@ def merge_edit(layer: Layer, adapter_name: str, safe: bool) -> MergedEdit:
         ValueError: when it is to be safe and finds some. The layer is as it was then.
     """
     R_GRD, W_GRD, b_GR = layer.weights(adapter_name)
-    M_GRD, c_GR = affine_source(INTERVENTIONS[layer.reft_config[adapter_name].intervention], R_GRD, W_GRD, b_GR)
+    M_GRD, c_GR = affine_form(INTERVENTIONS[layer.reft_config[adapter_name].intervention], R_GRD, W_GRD, b_GR)
     A_DI, bias = _weight(layer), getattr(layer.base_layer, "bias", None)
     R_RD = R_GRD[0].detach().clone()
     none_R = R_RD.new_zeros(R_RD.shape[0])

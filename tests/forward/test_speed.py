@@ -16,7 +16,7 @@ import peft_reft.tuner.parameters.stacked
 import peft_reft.tuner.positions.deferred_checks
 from peft_reft import ReftConfig
 from peft_reft.tuner.forward.selector import Call, Selector
-from peft_reft.tuner.interventions.apply import Edit, EditWeights, Job, _AddToRows, edit_state
+from peft_reft.tuner.interventions.apply import Edit, EditWeights, Job, _AddToStates, edit_state
 from peft_reft.tuner.interventions.formulas import INTERVENTIONS, activation
 from peft_reft.tuner.interventions.orthogonal import retracted
 from peft_reft.tuner.layer import ReftLayer
@@ -430,12 +430,12 @@ def test_gradcheck_of_the_write_that_gpus_use():
     index = torch.tensor([0, 7, 7, 3])
     h = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
     delta = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda h, delta: _AddToRows.apply(h * 1.0, index, delta), (h, delta))
-    assert torch.autograd.gradgradcheck(lambda h, delta: _AddToRows.apply((h * h), index, delta * delta), (h, delta))
+    assert torch.autograd.gradcheck(lambda h, delta: _AddToStates.apply(h * 1.0, index, delta), (h, delta))
+    assert torch.autograd.gradgradcheck(lambda h, delta: _AddToStates.apply((h * h), index, delta * delta), (h, delta))
     plain = h.detach().clone()
     for place, row in zip(index, delta.detach()):
         plain.view(-1, 3)[place] += row
-    torch.testing.assert_close(_AddToRows.apply(h * 1.0, index, delta).detach(), plain)
+    torch.testing.assert_close(_AddToStates.apply(h * 1.0, index, delta).detach(), plain)
 
 
 def dependent(kind: str, rank: int, width: int) -> torch.Tensor:

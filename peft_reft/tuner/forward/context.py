@@ -21,7 +21,7 @@ from ..parameters import distributed
 from ..parameters.bases import Bases, retract_before_forward, watch_steps
 from ..parameters.loading import check_state_dict, check_weights
 from ..parameters.stacked import LayerAdapter, Stacked, can_be_stacked, needs_gradient
-from ..positions.batch import TOLD, Batch
+from ..positions.batch import REFT_ARGUMENTS, Batch
 from ..positions.selection import Selection
 from ..positions.spec import Rules
 from .checkpointing import BackwardStop, bind_checkpoints, unbind_checkpoints
@@ -166,7 +166,7 @@ class ForwardContext:
             call.jobs, call.skipped = {}, True
             return None
         arguments = {**dict(zip(self._parameters, args)), **kwargs}
-        told = {key: value for key in TOLD if (value := arguments.pop(key, None)) is not None}
+        told = {key: value for key in REFT_ARGUMENTS if (value := arguments.pop(key, None)) is not None}
         call.told = told or (generation.told if generation is not None else {})
         call.jobs = {}
         self._begin(model)
@@ -180,7 +180,7 @@ class ForwardContext:
         self._plan(model, arguments, in_encoder=False)
         if generation is not None:
             generation.advance()
-        return args, {key: value for key, value in kwargs.items() if key not in TOLD}
+        return args, {key: value for key, value in kwargs.items() if key not in REFT_ARGUMENTS}
 
     @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
@@ -321,7 +321,7 @@ class ForwardContext:
     def generating(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Note the prompt that a `generate` is given, and yield the arguments to pass on."""
         call, kwargs = self.state.call, dict(kwargs)
-        told = {key: value for key in TOLD if (value := kwargs.pop(key, None)) is not None}
+        told = {key: value for key in REFT_ARGUMENTS if (value := kwargs.pop(key, None)) is not None}
         active = {answer.adapter_name: answer for answer in self._ask()}
         in_use = [self.rules[name] for name in active if self.rules[name].depend_on_batch]
         self._refuse_stray_subspaces(told, active)

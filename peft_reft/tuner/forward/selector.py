@@ -20,7 +20,7 @@ from ..positions.batch import Batch, select_tokens
 from ..positions.deferred_checks import Checks
 from ..positions.selection import Selection
 from ..positions.spec import Rules
-from ..positions.subspaces import kept_directions
+from ..positions.subspaces import used_directions
 from .generation import Generation
 from .transformers_api import Past, find_past
 
@@ -100,13 +100,13 @@ class Selector:
     def _select(self, rules: Rules, batch: Batch, call: Call, training: bool) -> Selection | None:
         if rules.spec.all_tokens:
             return Selection(torch.ones(batch.shape, dtype=torch.bool, device=batch.device))
-        if call.in_encoder or (call.generation is None and batch.told == "intervention_mask"):
+        if call.in_encoder or (call.generation is None and batch.given_by_caller == "intervention_mask"):
             return self._select_in_batch(rules, batch, training)  # whatever a cache may hold
         past = find_past(call.model_name, call.arguments)
         if call.generation is not None:
             return call.generation.select(rules, batch, past)
         read = 0 if past is None else _length(rules, past)
-        if read == 0 or batch.told is not None:
+        if read == 0 or batch.given_by_caller is not None:
             return self._select_in_batch(rules, batch, training, read)
         _refuse_several(batch, read)
         return None  # a decode step
@@ -139,9 +139,9 @@ class Selector:
             batch = replace(batch, shape=(batch.shape[0], past + batch.shape[1]))
             batch = replace(batch, input_ids=None, position_ids=None, cu_seq_lens=None, labels=None)
         tokens = select_tokens(rules, batch, training, self._checks)
-        if tokens.source == "labels":
+        if tokens.origin == "labels":
             self._saw_labels |= training
-        elif tokens.source == "all tokens" and rules.reads_labels and self._saw_labels:
+        elif tokens.origin == "all tokens" and rules.reads_labels and self._saw_labels:
             self._saw_labels = False  # say it once
             warnings.warn(UNTOLD_EVALUATION)
         return tokens.after(past, rules)
@@ -187,7 +187,7 @@ def _kept(rules: Rules, call: Call, batch: Batch, training: bool) -> Tensor | No
             )
         return None
     if generation is None:
-        kept_QR = kept_directions(call.subspaces, groups, batch.sequences.count, batch.device)
+        kept_QR = used_directions(call.subspaces, groups, batch.sequences.count, batch.device)
         return batch.sequences.spread(kept_QR).flatten(0, 1)
-    kept_QR = kept_directions(call.subspaces, groups, generation.rows, batch.device)
+    kept_QR = used_directions(call.subspaces, groups, generation.rows, batch.device)
     return kept_QR.repeat_interleave(batch.shape[0] // generation.rows * batch.shape[1], dim=0)
