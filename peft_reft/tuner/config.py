@@ -225,8 +225,9 @@ class ReftConfig(PeftConfig):
             _reject("prompt_boundary", self.prompt_boundary, "'first' or 'every'", "prompt_boundary='every'")
         if self.prompt_boundary == "every" and template is None and not self.spec.all_tokens:
             warnings.warn(
-                "prompt_boundary='every' without response_template: labels tell the turns in training, but nothing tells them in "
-                "generate, which takes a whole conversation for one prompt. Set response_template for both to agree."
+                "prompt_boundary='every' without response_template: labels tell the turns in training, but nothing "
+                "tells them in generate, which takes a whole conversation for one prompt. Set response_template for "
+                "both to agree."
             )
 
     def _check_subspaces(self) -> None:

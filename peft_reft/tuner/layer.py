@@ -257,8 +257,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         reason = obstacle(self, adapter_name)
         if reason is not None:
             raise NotImplementedError(
-                f"The adapter {adapter_name!r} can't be merged: {reason}. Keep the adapter loaded, or take it off with "
-                "`unload()`. The model is as it was."
+                f"The adapter {adapter_name!r} can't be merged: {reason}. Keep the adapter loaded, or take it off "
+                "with `unload()`. The model is as it was."
             )
 
     @property
@@ -293,8 +293,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         h = output[0] if isinstance(output, tuple) else output
         if not isinstance(h, Tensor):
             raise TypeError(
-                f"{self.name!r} returns {type(h).__name__}. ReFT edits modules that return a tensor, or a tuple that starts "
-                "with one: choose another module in target_modules."
+                f"{self.name!r} returns {type(h).__name__}. ReFT edits modules that return a tensor, or a tuple that "
+                "starts with one: choose another module in target_modules."
             )
         # The output of a block is edited in place, which saves a copy and lets whoever has taken hold of the hidden
         # state see the edit: transformers collects `hidden_states` with hooks on the wrapped block. Autograd allows it
@@ -316,10 +316,10 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         in_use = self.adapters_in_use(None if call.mixed is None else call.mixed.adapters)
         if any(self.reft_config[adapter.adapter_name].depends_on_batch for adapter in in_use):
             raise RuntimeError(
-                f"{self.name!r} ran without a Selection: it was called outside a forward of the whole model, so ReFT can't "
-                "know which tokens to edit. Call the PeftModel (or its base model), not a part of it. If the call came "
-                "from the backward pass of activation checkpointing, leave target_modules out: whole blocks are edited "
-                "outside the part that is recomputed."
+                f"{self.name!r} ran without a Selection: it was called outside a forward of the whole model, so ReFT "
+                "can't know which tokens to edit. Call the PeftModel (or its base model), not a part of it. If the "
+                "call came from the backward pass of activation checkpointing, leave target_modules out: whole blocks "
+                "are edited outside the part that is recomputed."
             )
         return unplanned(in_use, call.mixed)
 

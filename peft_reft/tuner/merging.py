@@ -66,8 +66,8 @@ def obstacle(layer: Layer, adapter_name: str) -> str | None:
     config, base = layer.reft_config[adapter_name], layer.base_layer
     if not config.spec.all_tokens:
         return (
-            "it edits hidden states at chosen positions, and no change of a weight does that, since a weight acts on every "
-            "token alike"
+            "it edits hidden states at chosen positions, and no change of a weight does that, since a weight acts on "
+            "every token alike"
         )
     if config.subspaces is not None:
         return "it has subspaces, which examples choose for themselves"
@@ -80,8 +80,8 @@ def obstacle(layer: Layer, adapter_name: str) -> str | None:
         return f"PEFT can't unpack the quantized weight of {layer.name!r} ({backend.backend_name})"
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         return (
-            f"bitsandbytes has packed the weight of {layer.name!r} for the CPU, at a forward in evaluation mode, and can't unpack "
-            "it. Merge right after loading"
+            f"bitsandbytes has packed the weight of {layer.name!r} for the CPU, at a forward in evaluation mode, and "
+            "can't unpack it. Merge right after loading"
         )
     if backend is not None:
         return None
@@ -114,7 +114,8 @@ def refuse_shared_weights(model: nn.Module, to_merge: dict[str, nn.Module]) -> N
             if name is not None and module is not to_merge[name]:
                 raise NotImplementedError(
                     f"Merging into {name!r} would change {other!r} too: they share a weight. Load the base model with "
-                    "tie_word_embeddings=False and a copy of the weight, or keep the adapter loaded. The model is as it was."
+                    "tie_word_embeddings=False and a copy of the weight, or keep the adapter loaded. The model is as "
+                    "it was."
                 )
 
 
@@ -123,8 +124,9 @@ def warn_of_new_biases(layers: Iterable[Layer]) -> None:
     names = [layer.name for layer in layers if layer.gained_bias]
     if names:
         warnings.warn(
-            f"{names[0]!r} had no bias, and has one now (layers so changed: {len(names)}). If the architecture has no place for it, "
-            "from_pretrained drops it from a saved copy of this model. Train with add_bias=False to merge without a bias."
+            f"{names[0]!r} had no bias, and has one now (layers so changed: {len(names)}). If the architecture has no "
+            "place for it, from_pretrained drops it from a saved copy of this model. Train with add_bias=False to "
+            "merge without a bias."
         )
 
 
@@ -177,8 +179,8 @@ def _add(layer: Layer, A_DI: Tensor, edit: MergedEdit, sign: float, safe: bool) 
     bias_D = sign * (R_DR @ edit.added_R.to(A_DI.device))
     if safe and not (weight_DI.isfinite().all() and bias_D.isfinite().all()):
         raise ValueError(
-            f"NaNs detected in the merged weights, or infinity, of {layer.name!r}. The adapter seems to be broken. The layer is as "
-            "it was."
+            f"NaNs detected in the merged weights, or infinity, of {layer.name!r}. The adapter seems to be broken. "
+            "The layer is as it was."
         )
     if bias is not None:
         bias_D = (bias.to(R_DR.dtype) + bias_D).to(bias.dtype)

@@ -27,9 +27,9 @@ from .targets import Target, find_targets, not_a_target, target_of
 
 # TRL's preference trainers, given a PeftModel, add an adapter "ref" and copy weights to it by names with ".default." in them.
 TRL_REFERENCE = (
-    "An adapter named 'ref' was added beside 'default', with weights of its own. If a trainer of TRL made it, to be the reference of "
-    "a trained adapter, it does not find ReFT's weights to copy. Copy them: set_peft_model_state_dict(model, "
-    "get_peft_model_state_dict(model), adapter_name='ref')."
+    "An adapter named 'ref' was added beside 'default', with weights of its own. If a trainer of TRL made it, to be "
+    "the reference of a trained adapter, it does not find ReFT's weights to copy. Copy them: "
+    "set_peft_model_state_dict(model, get_peft_model_state_dict(model), adapter_name='ref')."
 )
 
 
@@ -88,8 +88,8 @@ class ReftModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if not adapter_name or "." in adapter_name:
             raise ValueError(
-                f"adapter_name={adapter_name!r} is not possible: PEFT makes it a part of the names of parameters, where a dot "
-                "separates modules. Choose a name without dots."
+                f"adapter_name={adapter_name!r} is not possible: PEFT makes it a part of the names of parameters, "
+                "where a dot separates modules. Choose a name without dots."
             )
         if adapter_name == "ref" and "default" in self.peft_config:
             warnings.warn(TRL_REFERENCE)
@@ -244,15 +244,16 @@ class ReftModel(BaseTuner):
             layer.refuse_merge(name)
             if safe_merge and not all(weight is None or weight.isfinite().all() for weight in layer.weights(name)):
                 raise ValueError(
-                    f"NaNs detected in the merged weights, or infinity: the adapter {name!r} seems to be broken in {layer.name!r}. "
-                    "Nothing was merged."
+                    f"NaNs detected in the merged weights, or infinity: the adapter {name!r} seems to be broken in "
+                    f"{layer.name!r}. Nothing was merged."
                 )
         refuse_shared_weights(self.model, {layer.name: layer.get_base_layer() for layer, _ in targets})
         backends = {layer.quantization_backend.backend_name for layer, _ in targets if layer.quantization_backend}
         if backends:
             warnings.warn(
-                f"Merged weights are rounded to {', '.join(sorted(backends))} again, which changes more than the edit asks for, and "
-                "unmerging does not bring the base's own weights back to the bit. Merge into an unquantized base where it matters."
+                f"Merged weights are rounded to {', '.join(sorted(backends))} again, which changes more than the edit "
+                "asks for, and unmerging does not bring the base's own weights back to the bit. Merge into an "
+                "unquantized base where it matters."
             )
 
     @contextmanager
@@ -264,8 +265,8 @@ class ReftModel(BaseTuner):
         merged = sorted({name for layer in self._layers for name in layer.merged_adapters})
         if merged:
             raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. Merged are: "
-                f"{', '.join(merged)}."
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. "
+                f"Merged are: {', '.join(merged)}."
             )
         if self.training:
             raise ValueError(
@@ -289,15 +290,16 @@ def _refuse_beside(other: PeftConfig, name: str, adapter_name: str) -> None:
     """
     if name == adapter_name:
         raise ValueError(
-            f"adapter_name={adapter_name!r} is that of a {other.peft_type} adapter on the model. Give each a name of its own, such "
-            "as adapter_name='lora' and adapter_name='reft'."
+            f"adapter_name={adapter_name!r} is that of a {other.peft_type} adapter on the model. Give each a name of "
+            "its own, such as adapter_name='lora' and adapter_name='reft'."
         )
     for field in ("modules_to_save", "trainable_token_indices"):
         if getattr(other, field, None):
             raise NotImplementedError(
-                f"The adapter {name!r} on the model has {field}={getattr(other, field)!r}, which would be switched off with the "
-                f"switch to {adapter_name!r}. Set {field} in ReftConfig instead; PEFT sets modules_to_save by itself where a config "
-                "has task_type SEQ_CLS, TOKEN_CLS or QUESTION_ANS, so leave that to ReftConfig, too."
+                f"The adapter {name!r} on the model has {field}={getattr(other, field)!r}, which would be switched "
+                f"off with the switch to {adapter_name!r}. Set {field} in ReftConfig instead; PEFT sets "
+                "modules_to_save by itself where a config has task_type SEQ_CLS, TOKEN_CLS or QUESTION_ANS, so leave "
+                "that to ReftConfig, too."
             )
 
 
@@ -311,9 +313,10 @@ def _refuse_unhooked(model: nn.Module) -> None:
     places = getattr(model, "hf_device_map", None) or {}
     if "disk" in places.values() and not any(map(has_hook, model.modules())):
         raise NotImplementedError(
-            "PeftModel.from_pretrained can't load a ReFT adapter on a base model that device_map puts on disk, and has taken the "
-            "base's hooks off. Load the base anew, and add the adapter to it as it is: model = get_peft_model(base, "
-            "PeftConfig.from_pretrained(path)), then set_peft_model_state_dict(model, load_peft_weights(path))."
+            "PeftModel.from_pretrained can't load a ReFT adapter on a base model that device_map puts on disk, and "
+            "has taken the base's hooks off. Load the base anew, and add the adapter to it as it is: model = "
+            "get_peft_model(base, PeftConfig.from_pretrained(path)), then set_peft_model_state_dict(model, "
+            "load_peft_weights(path))."
         )
 
 
@@ -330,8 +333,9 @@ def _rules(model: Any, config: ReftConfig) -> Rules:
             return AutoTokenizer.from_pretrained(name)
         except Exception as error:
             raise ValueError(
-                f"response_template={config.response_template!r} is text, which needs a tokenizer, and none could be loaded "
-                f"from {name!r}: {error} Set tokenizer_name_or_path in ReftConfig, or give the template's token ids."
+                f"response_template={config.response_template!r} is text, which needs a tokenizer, and none could be "
+                f"loaded from {name!r}: {error} Set tokenizer_name_or_path in ReftConfig, or give the template's "
+                "token ids."
             ) from error
 
     return config.rules(tokenizer, eos_token_id(model), can_generate(model))

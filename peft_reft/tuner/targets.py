@@ -50,8 +50,8 @@ def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, Target]:
     if not names:
         raise NoMatchingModule(
             f"Target modules {config.target_modules} not found in the base model: with "
-            f"exclude_modules={config.exclude_modules!r} they match no module of {type(model).__name__}. Name modules that "
-            "`model.named_modules()` lists, or leave target_modules out to edit the blocks of the main stack."
+            f"exclude_modules={config.exclude_modules!r} they match no module of {type(model).__name__}. Name modules "
+            "that `model.named_modules()` lists, or leave target_modules out to edit the blocks of the main stack."
         )
     _refuse_nesting(model, names)
     stacks = _stacks(model)
@@ -89,8 +89,8 @@ def main_stack(model: nn.Module) -> list[str]:
     config = text_config(root) or text_config(model)
     if config is None:
         raise ValueError(
-            f"{type(model).__name__} is no transformers model, so its blocks can't be found. Set target_modules to the "
-            "modules to edit, for example target_modules=['mlp']."
+            f"{type(model).__name__} is no transformers model, so its blocks can't be found. Set target_modules to "
+            "the modules to edit, for example target_modules=['mlp']."
         )
     depth = getattr(config, "num_hidden_layers", None)
     lists = _stacks(root)
@@ -172,7 +172,8 @@ def _in_layers(names: list[str], config: ReftConfig) -> list[str]:
     if missing:
         have = sorted(set(index_of.values()))
         raise ValueError(
-            f"layers_to_transform={wanted} asks for layers that don't exist: {missing}. The modules to edit lie in layers "
+            f"layers_to_transform={wanted} asks for layers that don't exist: {missing}. The modules to edit lie in "
+            "layers "
             + (
                 f"{have[0]} to {have[-1]}."
                 if have
@@ -191,8 +192,8 @@ def _refuse_nesting(model: nn.Module, names: list[str]) -> None:
             if name.startswith(f"{other}."):
                 name = name.replace(".base_layer", "")
                 raise ValueError(
-                    f"target_modules matches {name!r}, which lies inside {other!r}, itself edited. Edit one or the other: "
-                    "narrow target_modules, or give the adapters the same target_modules."
+                    f"target_modules matches {name!r}, which lies inside {other!r}, itself edited. Edit one or the "
+                    "other: narrow target_modules, or give the adapters the same target_modules."
                 )
 
 
@@ -224,20 +225,22 @@ def _refuse_idle_ranks(config: ReftConfig, targets: dict[str, Target]) -> None:
         if pattern not in used:
             raise ValueError(
                 f"rank_pattern={{{pattern!r}: {rank}}} decides for none of the modules to edit, of which the first is "
-                f"{next(iter(targets))!r}. Write the end of a module's name, as in {{'layers.0': 16}}, or a regex for it."
+                f"{next(iter(targets))!r}. Write the end of a module's name, as in {{'layers.0': 16}}, or a regex for "
+                "it."
             )
 
 
 def _check_width(config: ReftConfig, target: Target) -> None:
     if config.asked_width not in (None, target.width):
         raise ValueError(
-            f"width={config.asked_width}: this adapter was made for modules of width {config.width}, but {target.name!r} of "
-            f"this base model has width {target.width}. Load it on the base model that it was trained on"
+            f"width={config.asked_width}: this adapter was made for modules of width {config.width}, but "
+            f"{target.name!r} of this base model has width {target.width}. Load it on the base model that it was "
+            "trained on"
             + (f" ({config.base_model_name_or_path})." if config.base_model_name_or_path else ".")
         )
     if target.rank > target.width:
         raise ValueError(
-            f"r={target.rank} is above the width {target.width} of {target.name!r}: a rank is at most the width of the "
-            f"edited module. Choose r <= {target.width} (4 to 32 is usual), or a lower rank for this module alone by "
-            "rank_pattern."
+            f"r={target.rank} is above the width {target.width} of {target.name!r}: a rank is at most the width of "
+            f"the edited module. Choose r <= {target.width} (4 to 32 is usual), or a lower rank for this module alone "
+            "by rank_pattern."
         )

@@ -42,9 +42,9 @@ def way_out(library: str) -> str:
     """What to do about a version of a library that peft_reft does not know: which versions there are, and which ones work."""
     known = KNOWN_TO_WORK[library]
     return (
-        f"Installed are {library} {installed(library)} and peft-reft {installed('peft-reft')}; {library} is known to work in "
-        f"{', '.join(known)}. Upgrade peft-reft, or install the newest of these: pip install '{library}=={known[-1]}'. If you have "
-        "both, please report this message."
+        f"Installed are {library} {installed(library)} and peft-reft {installed('peft-reft')}; {library} is known to "
+        f"work in {', '.join(known)}. Upgrade peft-reft, or install the newest of these: pip install "
+        f"'{library}=={known[-1]}'. If you have both, please report this message."
     )
 
 

@@ -141,7 +141,8 @@ class ForwardContext:
         unknown = sorted(set(mixed.adapters) - loaded)
         if unknown:
             raise ValueError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Loaded are: {', '.join(sorted(loaded))}."
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Loaded are: "
+                f"{', '.join(sorted(loaded))}."
             )
         call = self.state.call
         before, call.mixed = call.mixed, mixed
@@ -311,8 +312,8 @@ class ForwardContext:
     def _refuse_stray_subspaces(self, told: dict[str, Any], active: Iterable[str]) -> None:
         if "subspaces" in told and active and not any(self.rules[name].subspaces for name in active):
             raise ValueError(
-                f"subspaces={told['subspaces']!r} was passed, but no adapter in use has subspaces. Set them in ReftConfig, for "
-                "example ReftConfig(r=8, subspaces={'style': 4, 'facts': 4}), or leave subspaces out."
+                f"subspaces={told['subspaces']!r} was passed, but no adapter in use has subspaces. Set them in "
+                "ReftConfig, for example ReftConfig(r=8, subspaces={'style': 4, 'facts': 4}), or leave subspaces out."
             )
 
     # -- generate ----------------------------------------------------------------------------------------------------

@@ -63,9 +63,9 @@ class Generation:
         rows, width = self.prompts.shape
         if continued is None and batch.shape[1] < width:
             raise ValueError(
-                f"{rules}: within a generate of prompts of {width} tokens the model is fed {batch.shape[1]}, and no argument of it says "
-                "what was read before: which of the prompt's tokens they are can't be known. Leave out what splits the prompt, such as "
-                "prefill_chunk_size, or set positions='all'."
+                f"{rules}: within a generate of prompts of {width} tokens the model is fed {batch.shape[1]}, and no "
+                "argument of it says what was read before: which of the prompt's tokens they are can't be known. "
+                "Leave out what splits the prompt, such as prefill_chunk_size, or set positions='all'."
             )
         past = 0 if continued is None else self.fed if continued.length is None else continued.length
         self._reached = max(self.fed, past + batch.shape[1])
@@ -123,12 +123,12 @@ def refuse_unknown_prompts(model: Any, kwargs: dict[str, Any]) -> None:
     """
     if has_second_prompt(model, kwargs):
         raise ValueError(
-            "guidance_scale runs the model on a second prompt within generate, and ReFT can't tell it from the first. Leave "
-            "guidance_scale out, or set positions='all'."
+            "guidance_scale runs the model on a second prompt within generate, and ReFT can't tell it from the first. "
+            "Leave guidance_scale out, or set positions='all'."
         )
     continued = find_past_of_generate(type(model).__name__, kwargs)
     if continued is not None and continued.length is None:
         raise ValueError(
-            f"{continued.argument} is a recurrent state of an earlier turn, which does not say how many tokens it has read. Give "
-            "generate the whole conversation without it, or set positions='all'."
+            f"{continued.argument} is a recurrent state of an earlier turn, which does not say how many tokens it has "
+            "read. Give generate the whole conversation without it, or set positions='all'."
         )

@@ -26,9 +26,9 @@ from .transformers_api import Past, find_past
 
 
 UNTOLD_EVALUATION = (
-    "A batch without labels is evaluated after training on batches with them: all its tokens are taken for prompt, and the last "
-    "of them are edited. If it holds answers, that is not what training edited. Set response_template in ReftConfig, or pass "
-    "prompt_lengths, for both to agree."
+    "A batch without labels is evaluated after training on batches with them: all its tokens are taken for prompt, "
+    "and the last of them are edited. If it holds answers, that is not what training edited. Set response_template in "
+    "ReftConfig, or pass prompt_lengths, for both to agree."
 )
 
 
@@ -151,8 +151,8 @@ def _length(rules: Rules, past: Past) -> int:
     """How many tokens were read before a call outside `generate`."""
     if past.length is None:
         raise ValueError(
-            f"{rules}: this model keeps a recurrent state ({past.argument}), which does not say how far the prompt has been read. "
-            "Use generate, which says it, or set positions='all'."
+            f"{rules}: this model keeps a recurrent state ({past.argument}), which does not say how far the prompt "
+            "has been read. Use generate, which says it, or set positions='all'."
         )
     return past.length
 
@@ -161,8 +161,9 @@ def _refuse_several(batch: Batch, past: int) -> None:
     """Outside `generate`, one token after a filled cache is a decode step. Several may be a part of a prompt."""
     if batch.shape[1] > 1:
         raise ValueError(
-            f"A forward of {batch.shape[1]} tokens continues a cache of {past}, outside `generate`. Whether they belong to "
-            f"the prompt can't be known. Pass prompt_lengths [{batch.shape[0]}], the length of each whole prompt."
+            f"A forward of {batch.shape[1]} tokens continues a cache of {past}, outside `generate`. Whether they "
+            f"belong to the prompt can't be known. Pass prompt_lengths [{batch.shape[0]}], the length of each whole "
+            "prompt."
         )
 
 
@@ -170,9 +171,9 @@ def _refuse_late_numbers(numbers: list[int]) -> ValueError | None:
     if not numbers[0]:
         return None
     return ValueError(
-        "The attention_mask of a batch numbers packed sequences (it holds numbers above 1), and that of the model's first batch did "
-        "not. On a GPU ReFT goes by the first. Pass position_ids [batch, tokens] that restart with each sequence, as axolotl's "
-        "and transformers' packing collators do."
+        "The attention_mask of a batch numbers packed sequences (it holds numbers above 1), and that of the model's "
+        "first batch did not. On a GPU ReFT goes by the first. Pass position_ids [batch, tokens] that restart with "
+        "each sequence, as axolotl's and transformers' packing collators do."
     )
 
 
@@ -182,8 +183,8 @@ def _kept(rules: Rules, call: Call, batch: Batch, training: bool) -> Tensor | No
     if call.subspaces is None:
         if training:
             raise ValueError(
-                f"The adapter has subspaces ({', '.join(groups)}), and the training batch does not say which its examples use. "
-                "Pass subspaces [batch] with it: numbers of groups, or names."
+                f"The adapter has subspaces ({', '.join(groups)}), and the training batch does not say which its "
+                "examples use. Pass subspaces [batch] with it: numbers of groups, or names."
             )
         return None
     if generation is None:

@@ -157,8 +157,8 @@ def _past_in(model_name: str, name: str, value: Any) -> Past | None:
         return Past(name, None if own.is_linear and all(own.is_linear) else int(own.get_seq_length()))
     if type(value).__name__ == "PagedAttentionCache":
         raise ValueError(
-            "Continuous batching (generate_batch) mixes prompts and decode steps in one row, and does not say which token is which. "
-            "Use generate, or set positions='all'."
+            "Continuous batching (generate_batch) mixes prompts and decode steps in one row, and does not say which "
+            "token is which. Use generate, or set positions='all'."
         )
     if name in STATES:
         # PI0's `state` is that of a robot: a tensor. RWKV's is a list.
@@ -190,9 +190,9 @@ def _is_plain(value: Any) -> bool:
 
 def _unknown(model_name: str, carriers: str) -> str:
     return (
-        f"{model_name}'s {carriers} what earlier calls have read, in a way that peft_reft does not know, so it can't tell whether the "
-        f"tokens of this call are a prompt. {way_out('transformers')} Until then, name the tokens to edit of each call with "
-        "intervention_mask [batch, tokens], or set positions='all'."
+        f"{model_name}'s {carriers} what earlier calls have read, in a way that peft_reft does not know, so it can't "
+        f"tell whether the tokens of this call are a prompt. {way_out('transformers')} Until then, name the tokens to "
+        "edit of each call with intervention_mask [batch, tokens], or set positions='all'."
     )
 
 
@@ -272,8 +272,9 @@ def _token_bytes(tokenizer: Any) -> list[bytes]:
             return token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
     else:
         raise ValueError(
-            f"response_template as text needs a tokenizer of byte-level or SentencePiece kind, and {type(tokenizer).__name__} "
-            "is neither. Give the token ids that your prompts end with, for example response_template=[32, 7, 13]."
+            "response_template as text needs a tokenizer of byte-level or SentencePiece kind, and "
+            f"{type(tokenizer).__name__} is neither. Give the token ids that your prompts end with, for example "
+            "response_template=[32, 7, 13]."
         )
     return [
         added[index].encode() if index in added else read(token) if token is not None else b""
