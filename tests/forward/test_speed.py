@@ -51,7 +51,7 @@ def test_a_training_step_reads_nothing_back_from_the_device(groups, told, templa
     rules = Rules(PositionSpec(first=2, last=2), groups, template=template, end_ids=(2, 7))
     checks = Noted(queueing=("meta",))
     selector = Selector(checks)
-    selector._masks_number = False  # as after the first batch
+    selector._masks_number_sequences = False  # as after the first batch
     batch = {key: tensor.to("meta") for key, tensor in labelled(9, 6, prompt=4, seed=1).items()}
     told = {key: tensor.to("meta") for key, tensor in told.items()}
     tokens = Batch.from_inputs({**batch, **told})
