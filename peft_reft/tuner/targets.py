@@ -164,7 +164,7 @@ class _NamesOnly:
 
 
 def not_a_target(name: str, config: ReftConfig) -> Any:
-    """PEFT's result for a module that is no target: False, or a marker that is false if `exclude_modules` has it."""
+    """PEFT's result for a module that is no target: None, or a marker that is false if `exclude_modules` has it."""
     # The regex (?!) matches no name.
     return check_target_module_exists(_NamesOnly("(?!)", config.exclude_modules, None), name)
 

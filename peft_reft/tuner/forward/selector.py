@@ -157,7 +157,7 @@ class Selector:
         if tokens.source == "labels":
             self._saw_labels |= training
         elif tokens.source == "all tokens" and rules.reads_labels and self._saw_labels:
-            self._saw_labels = False  # say it once
+            self._saw_labels = False  # warn once
             warnings.warn(EVALUATION_WITHOUT_LABELS)
         return tokens.after(past, rules)
 
