@@ -169,11 +169,12 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         Returns:
             `list[LayerAdapter]`: The name, the edit and the parameters of each.
         """
-        if HOOK in vars(self.reft_R):
+        reft_R: Any = self._modules["reft_R"]
+        if HOOK in vars(reft_R):
             self.load_offloaded()
         if self.merged_adapters or self.disable_adapters:
             return []
-        loaded = self.reft_R._parameters
+        loaded = reft_R._parameters
         return [
             LayerAdapter(self.name, name, self.in_encoder, self._edit(name), *self.weights(name))
             for name in (self.active_adapters if mixed is None else mixed)
@@ -182,9 +183,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def _edit(self, adapter_name: str) -> Edit:
         """The edit of an adapter, with dropout where its Dropout module is in training mode."""
-        dropout = self.reft_dropout._modules[adapter_name]
-        assert isinstance(dropout, nn.Dropout)
-        edit = self._edits[adapter_name]
+        edit, modules = self._edits[adapter_name], self._modules
+        dropout: Any = modules["reft_dropout"]._modules[adapter_name]  # type: ignore[union-attr]
         return Edit(edit.intervention, edit.act, dropout.p) if dropout.training and dropout.p > 0 else edit
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -195,12 +195,14 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def weights(self, adapter_name: str) -> Parameters:
         """R [G, R, D], W [G, R, D] and b [G, R] of an adapter. W and b are None where it does not have them."""
-        dicts = (self.reft_R, self.reft_W, self.reft_b)
-        # Read `_parameters`: ParameterDict's own lookup is slow, and every step calls this for every layer. A replica
-        # of DataParallel has empty `_parameters`; there ParameterDict's lookup finds the tensors.
-        R, W, b = (weights._parameters.get(adapter_name) for weights in dicts)
-        if R is None:
-            R, W, b = (weights[adapter_name] if adapter_name in weights else None for weights in dicts)
+        # Read `_modules` and `_parameters`: the lookups of Module and ParameterDict are slow, and every forward calls
+        # this for every layer. A replica of DataParallel has empty `_parameters`; there ParameterDict's lookup finds
+        # the tensors.
+        own: Any = self._modules
+        R = own["reft_R"]._parameters.get(adapter_name)
+        if R is not None:
+            return R, own["reft_W"]._parameters.get(adapter_name), own["reft_b"]._parameters.get(adapter_name)
+        R, W, b = (own[name][adapter_name] if adapter_name in own[name] else None for name in self.adapter_layer_names)
         assert R is not None
         return R, W, b
 
