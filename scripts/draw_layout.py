@@ -16,8 +16,28 @@ TARGET = Path(__file__).parents[1] / "docs" / "images" / "layout.svg"
 
 # Folder of peft_reft/ to its modules, __init__.py apart. "integrations" lies beside the package.
 FOLDERS: dict[str, tuple[str, ...]] = {
-    "tuner": ("config", "model", "layer", "targets", "merging", "nested", "peft_type"),
-    "tuner/forward": ("context", "selector", "generation", "plan", "checkpointing", "transformers_api"),
+    "tuner": (
+        "config",
+        "model",
+        "layer",
+        "targets",
+        "merging",
+        "nested",
+        "peft_type",
+        "peft_api",
+        "engines_api",
+        "versions",
+    ),
+    "tuner/forward": (
+        "context",
+        "selector",
+        "generation",
+        "plan",
+        "mixed",
+        "checkpointing",
+        "saving",
+        "transformers_api",
+    ),
     "tuner/parameters": ("bases", "distributed", "stacked", "loading"),
     "tuner/positions": ("spec", "prompts", "template", "batch", "selection", "subspaces", "deferred_checks"),
     "tuner/interventions": ("formulas", "apply", "orthogonal"),

@@ -5,11 +5,13 @@ This module translates and checks. It knows axolotl's keys and ReftConfig's fiel
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Optional, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model, field_validator, model_validator
+from typing_extensions import Self
 
 from peft_reft import ReftConfig
+from peft_reft.tuner.config import own_fields
 from peft_reft.tuner.interventions.formulas import INTERVENTIONS
 
 
@@ -29,27 +31,20 @@ TOLD_BY_COLLATOR = ("dpo", "ipo", "kto")
 LORA_PREFIXES = ("lora_", "peft_", "loraplus_", "qlora_")
 
 
-class ReftBlock(BaseModel):
+# Fields that neither a LoRA key nor the `reft:` block sets.
+SET_ELSEWHERE = {
+    "intervention",  # by adapter:
+    "tokenizer_name_or_path",  # by tokenizer_config:
+    "width",  # by the model
+    "subspaces",  # not yet: no row of axolotl's datasets can name one
+}
+
+
+class _Block(BaseModel):
     """The optional `reft:` block: what LoRA has no key for. Each field is ReftConfig's of the same name."""
 
     model_config = ConfigDict(extra="forbid")
 
-    positions: str | None = Field(default=None, description="Tokens to edit: 'f7+l7' (default), 'f3', 'l1', 'all'.")
-    share_weights: bool | None = Field(default=None, description="One set of weights for first and last tokens.")
-    act_fn: str | None = Field(default=None, description="Activation function of the source act(Wh + b).")
-    add_bias: bool | None = Field(default=None, description="Whether to learn b.")
-    init_weights: Literal["pyreft"] | bool | None = Field(default=None, description="True, or 'pyreft'.")
-    target_modules: list[str] | str | None = Field(default=None, description="Modules whose output is edited.")
-    exclude_modules: list[str] | str | None = Field(default=None, description="Modules to leave alone.")
-    rank_pattern: dict[str, int] | None = Field(
-        default=None, description="Ranks other than lora_r, by modules' names."
-    )
-    response_template: str | list[int] | None = Field(
-        default=None, description="Text or token ids that answers begin after."
-    )
-    prompt_boundary: Literal["first", "every"] | None = Field(
-        default=None, description="Which turns of a conversation have a prompt: 'first' (default) or 'every'."
-    )
     debug: bool | None = Field(default=None, description="Log the edited tokens of a training batch, as --debug does.")
 
     @field_validator("*")
@@ -61,10 +56,24 @@ class ReftBlock(BaseModel):
         return value
 
 
-class ReftArgs(BaseModel):
+def _optional(name: str, help_text: str) -> tuple[Any, Any]:
+    """A key that may be left out, of the type of ReftConfig's field."""
+    return Optional[get_type_hints(ReftConfig)[name]], Field(default=None, description=help_text)
+
+
+BLOCK_FIELDS = [name for name in own_fields() if name not in {*SHARED_KEYS.values(), *SET_ELSEWHERE}]
+ReftBlock = create_model(
+    "ReftBlock",
+    __base__=_Block,
+    __doc__=_Block.__doc__,
+    **{name: _optional(name, own_fields()[name].metadata["help"]) for name in BLOCK_FIELDS},  # type: ignore[call-overload]
+)
+
+
+class _Args(BaseModel):
     """What the plugin adds to axolotl's config."""
 
-    reft: ReftBlock | None = Field(default=None, description="Settings of a ReFT adapter that LoRA has no key for.")
+    reft: Any
     # What `--debug` sets. axolotl keeps a key only if something declares it, and overwrites a YAML's own with the flag.
     debug: bool | None = Field(default=None, description="Log the edited tokens of a training batch.")
 
@@ -77,7 +86,7 @@ class ReftArgs(BaseModel):
         return data
 
     @model_validator(mode="after")
-    def check_reft(self) -> ReftArgs:
+    def check_reft(self) -> Self:
         adapter = getattr(self, "adapter", None)
         if is_reft(adapter):
             config = reft_config(self)
@@ -90,6 +99,17 @@ class ReftArgs(BaseModel):
                 f"{', '.join(INTERVENTIONS)}, or remove the reft: block."
             )
         return self
+
+
+ReftArgs = create_model(
+    "ReftArgs",
+    __base__=_Args,
+    __doc__=_Args.__doc__,
+    reft=(
+        Optional[ReftBlock],
+        Field(default=None, description="Settings of a ReFT adapter that LoRA has no key for."),
+    ),
+)
 
 
 def _check_merge(cfg: Any, config: ReftConfig) -> None:
@@ -164,7 +184,7 @@ def reft_config(cfg: Any, task_type: str | None = None) -> ReftConfig:
     settings: dict[str, Any] = {field: getattr(cfg, key, None) for key, field in SHARED_KEYS.items()}
     block = getattr(cfg, "reft", None)
     if block is not None:
-        settings.update({field: getattr(block, field, None) for field in ReftBlock.model_fields if field != "debug"})
+        settings.update({field: getattr(block, field, None) for field in BLOCK_FIELDS})
     settings = {field: value for field, value in settings.items() if value is not None}
     tokenizer = getattr(cfg, "tokenizer_config", None)
     if "response_template" in settings and tokenizer and tokenizer != getattr(cfg, "base_model", None):

@@ -15,6 +15,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
 from peft_reft import PromptLengthsCollator, ReftConfig, explain_positions
+from peft_reft.tuner.config import own_fields
 from peft_reft.tuner.forward.transformers_api import text_template
 from peft_reft.tuner.interventions.formulas import INTERVENTIONS
 
@@ -115,6 +116,10 @@ def _check_template(text: str, config: ReftConfig, cfg: DictDefault) -> None:
         )
 
 
+# Of a saved adapter: fields that are compared before, or that say nothing of what it edits.
+NOT_COMPARED = {"intervention", "init_weights", "tokenizer_name_or_path", "width"}
+
+
 def _check_saved(saved: PeftConfig, asked: ReftConfig, cfg: DictDefault) -> None:
     """A saved adapter brings its own settings: refuse one of another kind, and say where it differs from the YAML."""
     if not isinstance(saved, ReftConfig) or saved.intervention != asked.intervention:
@@ -127,23 +132,12 @@ def _check_saved(saved: PeftConfig, asked: ReftConfig, cfg: DictDefault) -> None
             f"lora_model_dir: {cfg.lora_model_dir} holds an adapter of kind {kind}, but adapter: {cfg.adapter} asks for "
             f"another. Set adapter: {kind}, or point lora_model_dir to a {cfg.adapter} adapter."
         )
-    fields = (
-        "r",
-        "positions",
-        "share_weights",
-        "dropout",
-        "act_fn",
-        "add_bias",
-        "target_modules",
-        "rank_pattern",
-        "layers_to_transform",
-        "response_template",
-        "prompt_boundary",
-    )
     differing = [
         f"{name} ({getattr(asked, name)!r} in the YAML)"
-        for name in fields
-        if getattr(saved, name) != getattr(asked, name)
+        for name in own_fields()
+        if name not in NOT_COMPARED
+        and getattr(asked, name) is not None
+        and getattr(saved, name) != getattr(asked, name)
     ]
     if differing:
         LOG.warning(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
+import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, Literal, Optional, TypeVar, Union
 
 from peft import PeftConfig, TaskType
@@ -52,7 +55,18 @@ def _refuses_unknown_fields(config_class: T) -> T:
     return config_class
 
 
+def _described_by_its_docstring(config_class: T) -> T:
+    """Give each field the text of its entry under Args as its `help`, which parsers of command lines and YAML schemas show."""
+    entries = re.findall(r"^ {4}(\w+) \(.+?\): ((?:.|\n {8})+)", inspect.getdoc(config_class) or "", re.MULTILINE)
+    texts = {name: " ".join(text.split()) for name, text in entries}
+    for one in fields(config_class):
+        if one.name in texts:
+            one.metadata = MappingProxyType({"help": texts[one.name]})
+    return config_class
+
+
 @_refuses_unknown_fields
+@_described_by_its_docstring
 @dataclass
 class ReftConfig(PeftConfig):
     """Configuration of a ReFT adapter (Representation Finetuning, arXiv 2404.03592).
@@ -101,52 +115,26 @@ class ReftConfig(PeftConfig):
             is loaded. Leave it out.
     """
 
-    r: int = field(default=8, metadata={"help": "Rank of the edit."})
-    intervention: str = field(default="loreft", metadata={"help": "The edit: " + ", ".join(INTERVENTIONS)})
-    positions: str = field(default="f7+l7", metadata={"help": "Tokens to edit: 'f7+l7', 'f3', 'l1' or 'all'."})
-    share_weights: bool = field(
-        default=False, metadata={"help": "Whether the first and the last tokens share their weights."}
-    )
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the edited state, in training only."})
-    act_fn: Optional[str] = field(default=None, metadata={"help": "Activation function of the source act(Wh + b)."})
-    add_bias: bool = field(default=True, metadata={"help": "Whether to learn b."})
-    init_weights: Union[bool, Literal["pyreft"]] = field(
-        default=True, metadata={"help": "True: start as the base model where possible. 'pyreft': its random start."}
-    )
-    target_modules: Optional[Union[list[str], str]] = field(
-        default=None, metadata={"help": "Modules whose output is edited. None: the blocks of the main stack."}
-    )
-    exclude_modules: Optional[Union[list[str], str]] = field(
-        default=None, metadata={"help": "Modules to leave alone, as names or one regex."}
-    )
-    layers_to_transform: Optional[Union[list[int], int]] = field(
-        default=None, metadata={"help": "Indices of the layers to edit. None: all."}
-    )
-    layers_pattern: Optional[Union[list[str], str]] = field(
-        default=None, metadata={"help": "Name of the list of layers that layers_to_transform counts in."}
-    )
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Ranks other than r, by names or regexes of modules."}
-    )
-    modules_to_save: Optional[list[str]] = field(
-        default=None, metadata={"help": "Modules to train and save whole besides the edits."}
-    )
-    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(
-        default=None, metadata={"help": "Tokens whose embeddings are trained and saved besides the edits."}
-    )
-    response_template: Optional[Union[str, list[int]]] = field(
-        default=None, metadata={"help": "Text or token ids that answers begin after."}
-    )
-    prompt_boundary: Literal["first", "every"] = field(
-        default="first", metadata={"help": "Which turns of a conversation have a prompt: 'first' or 'every'."}
-    )
-    tokenizer_name_or_path: Optional[str] = field(
-        default=None, metadata={"help": "Tokenizer by which response_template is found. None: the base model's."}
-    )
-    subspaces: Optional[dict[str, int]] = field(
-        default=None, metadata={"help": "Named groups of directions, with their numbers, which add up to r."}
-    )
-    width: Optional[int] = field(default=None, metadata={"help": "Width of the edited modules. Filled in for you."})
+    r: int = 8
+    intervention: str = "loreft"
+    positions: str = "f7+l7"
+    share_weights: bool = False
+    dropout: float = 0.0
+    act_fn: Optional[str] = None
+    add_bias: bool = True
+    init_weights: Union[bool, Literal["pyreft"]] = True
+    target_modules: Optional[Union[list[str], str]] = None
+    exclude_modules: Optional[Union[list[str], str]] = None
+    layers_to_transform: Optional[Union[list[int], int]] = None
+    layers_pattern: Optional[Union[list[str], str]] = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    modules_to_save: Optional[list[str]] = None
+    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = None
+    response_template: Optional[Union[str, list[int]]] = None
+    prompt_boundary: Literal["first", "every"] = "first"
+    tokenizer_name_or_path: Optional[str] = None
+    subspaces: Optional[dict[str, int]] = None
+    width: Optional[int] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -374,3 +362,12 @@ def _is_int(value: Any) -> bool:
 
 def _reject(name: str, value: Any, allowed: str, example: str) -> None:
     raise ValueError(f"{name}={value!r} is not allowed in ReftConfig. Allowed: {allowed}. Example: {example}.")
+
+
+def own_fields() -> dict[str, Field]:
+    """The fields that ReftConfig adds to PEFT's own, by name: the one table from which other lists of them are made."""
+    return {
+        one.name: one
+        for one in fields(ReftConfig)
+        if one.name not in {inherited.name for inherited in fields(PeftConfig)}
+    }
