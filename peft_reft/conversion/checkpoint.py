@@ -52,9 +52,8 @@ class Checkpoint:
     Args:
         source (`str`): The checkpoint's folder, for messages.
         intervention (`str`): Its edit, by the name in ReftConfig.
-        modules (`dict[str, list[Weights]]`): Name of each edited module to its sets of weights: one, or one for the
-            first
-            tokens and one for the last.
+        modules (`dict[str, list[Weights]]`): Name of each edited module to its sets of weights: one, or one for
+            the first tokens and one for the last.
         head (`dict[str, torch.Tensor]`): Trained weights of the base model, by their names.
         act_fn, dropout: As in ReftConfig.
         share_weights (`bool`, *optional*): The value in a file of the checkpoint, to be compared with the number of

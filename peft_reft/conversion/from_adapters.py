@@ -2,7 +2,7 @@
 
     adapter_config.json                               the settings, under "config"
     pytorch_adapter.bin or adapter.safetensors        <block>.reft_layer.refts.<name>.units.<0 or 1>. ...
-    pytorch_model_head.bin or model_head.safetensors  with `with_head`: the base model's head, or one of the library's own
+    pytorch_model_head.bin or model_head.safetensors  with `with_head`: the base model's head or the library's own
 
 A unit is a set of weights: 0 for the first tokens, 1 for the last, or 0 for both. The library's DiReFT and NoReFT have
 the same settings and tensors, so a checkpoint of either does not say which of the two it is.

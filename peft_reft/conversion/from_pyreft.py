@@ -64,15 +64,13 @@ def convert_pyreft(
 ) -> Conversion:
     """Make a PEFT adapter of a checkpoint of pyreft, with pyreft's logits in float32 on the same prompts.
 
-    Settings that pyreft does not save are arguments here, or are read from the `args.json` of pyreft's training
-    script.
+    Settings that pyreft does not save are arguments here, or are read from the `args.json` of pyreft's script.
 
     Args:
         folder (`str` or `os.PathLike`): The folder that `ReftModel.save` or `save_intervention` wrote.
         out (`str` or `os.PathLike`): A new folder for the adapter.
         base_model (`str`, *optional*): Folder or hub name of the base model. Its config is read, not its weights.
-            None:
-            the one that args.json names.
+            None: the one that args.json names.
         positions (`str`, *optional*): The positions of the training run: `"f7+l7"`, `"f3"`, `"l1"`, or `"all"` where
             pyreft was run without locations. None: those in args.json.
         intervention (`str`, *optional*): The edit, by its name in ReftConfig. Needed without a config.json, where two
