@@ -1,1 +1,1 @@
-"""What ReFT costs, beside the frozen base, LoRA and the peers: `python -m benchmarks --help`."""
+"""Measures the cost of ReFT beside that of the frozen base, LoRA and other libraries: `python -m benchmarks --help`."""

@@ -1,4 +1,4 @@
-"""The command line: what to measure, with which methods, and where the results go."""
+"""Measures the cost of ReFT beside that of the frozen base model, LoRA and other libraries."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OUT = Path("outputs/benchmarks")
 
 
 class Session:
-    """The processes of one command, and what it has measured."""
+    """One command: its worker processes, and the results so far."""
 
     def __init__(self, out: Path, threads: int, pyreft: str | None = None, adapters: str | None = None) -> None:
         out.mkdir(parents=True, exist_ok=True)
@@ -55,11 +55,11 @@ class Session:
         self._stack.__exit__(*error)
 
     def worker(self, python: str | None) -> Worker:
-        """A process of an environment, for as long as the session lasts."""
+        """Start a worker process with that interpreter. It ends with the session."""
         return self._stack.enter_context(Worker(python, self.threads, self.out / "workers.log"))
 
     def save(self, name: str) -> None:
-        """Write what was measured."""
+        """Write the results to NAME.json."""
         path = self.out / f"{name}.json"
         path.write_text(json.dumps(self.results, indent=1) + "\n")
         typer.echo(
@@ -74,7 +74,7 @@ def _processor() -> str:
 
 
 def measure_steps(session: Session, setting: Setting, pairs: int, methods: list[str]) -> dict[str, Any]:
-    """Steps of methods, each paired with one of the frozen base in the same process."""
+    """Time training steps: each of a method is paired with one of the frozen base in the same process."""
     with ExitStack() as stack:
         workers = {name: session.own for name in methods if name not in session.peers}
         peers = {name: stack.enter_context(_peer(session, name)) for name in methods if name in session.peers}
@@ -82,7 +82,7 @@ def measure_steps(session: Session, setting: Setting, pairs: int, methods: list[
         described = asdict(setting)
         trainable = {}
         runs = {}
-        bases = {name: f"frozen for {name}" if name in peers else "frozen" for name in methods}  # each in its process
+        bases = {name: f"frozen for {name}" if name in peers else "frozen" for name in methods}  # each in the process of its method
         for name, base in bases.items():
             if base not in runs:
                 workers[name].ask("build", name=base, method="frozen", setting=described)
@@ -129,7 +129,7 @@ def step(
     pyreft: Pyreft = None,
     adapters: Adapters = None,
 ) -> None:
-    """A training step, and its peak memory: ReFT, LoRA and the peers against the frozen base."""
+    """A training step and its peak memory: ReFT, LoRA and other libraries against the frozen base."""
     with Session(out, threads, pyreft, adapters) as session:
         setting = Setting(size=size, device=device, dtype="float32" if device == "cpu" else "bfloat16")
         methods = ["reft", "sketch", "lora", *session.peers]
@@ -166,7 +166,7 @@ def inference(
     tokens: Annotated[int, typer.Option(help="tokens to generate")] = 32,
     rows: Annotated[int, typer.Option(help="prompts at once")] = 8,
 ) -> None:
-    """Prefill and decode steps, loading and switching, size of the adapter."""
+    """Prefill, decode steps, loading, switching, and the size of the adapter."""
     with Session(out, threads) as session:
         setting = asdict(Setting(size=size, device=device, dtype="float32" if device == "cpu" else "bfloat16"))
         names = ("frozen", "reft", "sketch", "lora")
@@ -226,7 +226,7 @@ def scaling(
     device: Device = "cpu",
     vary: Annotated[list[str], typer.Option(help="what to vary; several times for several")] = list(SCALES),  # noqa: B006
 ) -> None:
-    """Step cost against rank, positions, layers and length, with plots: what one more of each adds."""
+    """Step cost by rank, positions, layers and length, with plots, and the cost that one more of each adds."""
     with Session(out, threads) as session:
         found: dict[str, list[dict[str, Any]]] = {}
         for name in vary:
@@ -235,10 +235,9 @@ def scaling(
             for value in values:
                 setting, methods = Setting(device=device), ["reft", "lora"]
                 if field == "layers":
-                    setting.layers = list(
-                        range(value)
-                    )  # from below: backward goes through all, as it does in the base
-                elif field == "base_layers":  # of which the first two are edited
+                    # The lowest layers: backward then goes through all layers, as it does in the base.
+                    setting.layers = list(range(value))
+                elif field == "base_layers":  # of these layers the first two are edited
                     setting.base_layers, setting.layers, methods = value, [0, 1], ["reft"]
                 elif field == "length":
                     setting.length, setting.prompt, setting.batch = value, value * 3 // 4, max(1, 1024 // value)
@@ -281,7 +280,7 @@ def learning(
     rate: Annotated[float, typer.Option(help="learning rate")] = 2e-3,
     way: Annotated[str, typer.Option(help="ours, householder, or both")] = "both",
 ) -> None:
-    """Training loss with R kept orthonormal our way, and by torch's Householder parametrization."""
+    """Training loss with R kept orthonormal by retraction (ours), and by torch's Householder parametrization."""
     import torch
 
     from .learning import train
@@ -327,7 +326,7 @@ def accuracy(
     ] = Path("outputs/accuracy"),
     threads: Threads = 1,
 ) -> None:
-    """Base, LoRA and LoReFT trained and scored by the smol recipes. Needs the stack axolotl."""
+    """Train and score base, LoRA and LoReFT by the smol recipes of examples/. Needs the stack axolotl."""
     runs = Runs(data, base, encoder, out, threads)
     with Progress() as progress:
         bar = progress.add_task("runs", total=len(task) * len(seed))

@@ -1,9 +1,9 @@
-"""Base, LoRA and LoReFT on the paper's kinds of tasks, at a size that a laptop trains: the smol recipes of examples/,
-by their own commands.
+"""Trains and scores base, LoRA and LoReFT on the paper's kinds of tasks, at a size that a laptop trains: the smol
+recipes of examples/, by their own commands.
 
-Every run is what a user would type: `peft-reft prepare`, `axolotl train` or `examples/glue/train.py`, `peft-reft
-evaluate`, each in a process of its own. Its results lie in its folder, so a command that was interrupted goes on where
-it stopped, and several may share the tasks.
+Each run is a sequence of commands that a user would type: `peft-reft prepare`, `axolotl train` or
+`examples/glue/train.py`, `peft-reft evaluate`, each in a process of its own. Results are kept in the run's folder, so
+an interrupted benchmark continues where it stopped, and several machines may share the tasks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import yaml
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-TEST_SEED = 0  # which examples are asked: the same for every method and seed
+TEST_SEED = 0  # draws the test examples: the same for every method and training seed
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Experiment:
 
     Args:
         training (`str`): The task, or set, to train on.
-        recipe (`str`): The folder of examples/ whose smol.yaml trains.
-        train, test (`int`): How many examples.
-        max_new_tokens (`int`): Of an answer.
+        recipe (`str`): The folder of examples/ with the smol.yaml to train by.
+        train, test (`int`): How many examples to train and to test on.
+        max_new_tokens (`int`): How many tokens an answer may have.
     """
 
     training: str
@@ -49,9 +49,9 @@ EXPERIMENTS = {
     "boolq": Experiment("boolq", "commonsense", train=640, test=500, max_new_tokens=12),
     "mawps": Experiment("math_data", "arithmetic", train=400, test=200, max_new_tokens=96),
 }
-CLASSIFIERS = {"sst2": 1000, "cola": 2000}  # and how many examples they are trained on
+CLASSIFIERS = {"sst2": 1000, "cola": 2000}  # task -> number of training examples
 ADAPTERS: dict[str, dict[str, Any]] = {
-    "loreft": {},  # as the recipe is
+    "loreft": {},  # the recipe's own settings
     "lora": {"adapter": "lora", "lora_alpha": 16, "lora_target_linear": True, "learning_rate": 5e-4},
 }
 CLASSIFIER_METHODS = ("head", "lora", "loreft")
@@ -60,12 +60,12 @@ TASKS = (*EXPERIMENTS, *CLASSIFIERS)
 
 @dataclass(frozen=True)
 class Runs:
-    """Where runs find what they need, and leave what they make.
+    """The runs of all tasks.
 
     Args:
         data (`Path`): The folder with the tasks' files.
         base, encoder (`str`): Folders or hub names of the language model and of the encoder.
-        out (`Path`): A folder for everything.
+        out (`Path`): The folder that runs write to.
         threads (`int`): Threads of torch.
     """
 
@@ -76,7 +76,7 @@ class Runs:
     threads: int
 
     def run(self, task: str, seed: int) -> None:
-        """Everything about a task with a seed, but for what is there already."""
+        """Run all commands for a task with a seed, but for those whose results are there already."""
         folder = self.out / task / f"seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         if task in CLASSIFIERS:
@@ -148,8 +148,8 @@ class Runs:
         self._command(command if base else [*command, "--no-base"], folder / "evaluate.log")
 
     def _command(self, command: list[str], log: Path) -> dict[str, Any]:
-        """Run a command. Returns how long it took, by the clock and of the processors, and its peak memory, loading of
-        libraries and model included.
+        """Run a command. Returns its time in seconds, by the clock and of the processors, and its peak memory in bytes,
+        both with the loading of libraries and model.
 
         Raises:
             RuntimeError: when it fails, naming its log.
@@ -169,7 +169,7 @@ class Runs:
             process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode != 0:
             raise RuntimeError(f"{' '.join(command)} failed. Its output is in {log}.")
-        kilobyte = 1 if sys.platform == "darwin" else 1024  # as ru_maxrss counts
+        kilobyte = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss
         return {
             "seconds": time.perf_counter() - started,
             "cpu_seconds": usage.ru_utime + usage.ru_stime,
@@ -182,7 +182,7 @@ def _peft_reft() -> list[str]:
 
 
 def collect(out: Path) -> list[dict[str, Any]]:
-    """One row for each task and method that has results: its scores by seed, and what it cost."""
+    """One row for each task and method that has results: score, time and memory of each seed's run."""
     rows = []
     for task in TASKS:
         folders = sorted((out / task).glob("seed-*"))
@@ -225,7 +225,7 @@ def _generated(report: dict[str, Any], result: dict[str, Any], folder: Path) -> 
 
 
 def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Columns and lines: the mean of the seeds, each of them, and the mean of what it cost."""
+    """Columns and lines of a table: mean score over the seeds, each seed's score, mean time and memory."""
     lines = []
     for row in rows:
         runs = row["runs"]

@@ -1,8 +1,10 @@
-"""Does speed cost learning? The same data, start and order, with R kept orthonormal in two ways.
+"""Compares learning with R kept orthonormal in two ways, on the same data, in the same order, from the same start.
 
-Ours: the parameter itself is orthonormal, and is brought back to it after each step. The other: pyreft's way, torch's
-Householder parametrization (`torch.nn.utils.parametrizations.orthogonal`), whose free parameters the optimizer steps.
-Both start at the base model, from the same R and W.
+Ours: R itself is the parameter, and a retraction makes its rows orthonormal again after each step. The other is
+pyreft's: torch's Householder parametrization (`torch.nn.utils.parametrizations.orthogonal`), where the optimizer steps a
+free parameter. Both start at the base model, from the same R and W.
+
+Dimensions: G sets of weights (first and last tokens), R rank, D width.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ IGNORED = -100
 
 
 class HouseholderEdit(nn.Module):
-    """LoReFT around a block, as plainly as it can be written: f + l tokens with weights of their own."""
+    """A plain LoReFT around a block: first and last tokens have weights of their own."""
 
     def __init__(self, block: nn.Module, R_GRD: Tensor, tokens: int) -> None:
         super().__init__()
         self.block, self.tokens = block, tokens
-        self.places: list[list[list[int]]] = []  # for each row: its first tokens, its last
+        self.columns: list[list[list[int]]] = []  # for each row: those of its first tokens, those of its last
         groups, rank, width = R_GRD.shape
         self.rotate = nn.ModuleList()
         self.source = nn.ModuleList()
@@ -43,7 +45,7 @@ class HouseholderEdit(nn.Module):
 
     @property
     def R_GRD(self) -> Tensor:
-        """[G, r, d], as the parametrization makes it of its free parameters."""
+        """R of both sets [G, r, D], which the parametrization computes."""
         return torch.stack([cast(Tensor, rotate.weight) for rotate in self.rotate])
 
     def __getattr__(self, name: str) -> Any:
@@ -54,15 +56,15 @@ class HouseholderEdit(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         h = self.block(*args, **kwargs).clone()
-        for row, groups in enumerate(self.places):
-            for g, places in enumerate(groups):
-                own, R = h[row, places], self.rotate[g].weight
-                h[row, places] = own + (self.source[g](own) - own @ R.mT) @ R
+        for row, sides in enumerate(self.columns):
+            for g, columns in enumerate(sides):
+                own, R = h[row, columns], self.rotate[g].weight
+                h[row, columns] = own + (self.source[g](own) - own @ R.mT) @ R
         return h
 
 
 def read_rows(files: list[Path], count: int, seed: int) -> list[dict[str, str]]:
-    """So many examples of LLM-Adapters' files, shuffled, the same number of each."""
+    """`count` examples of LLM-Adapters' files, shuffled, the same number of each file."""
     chosen = []
     for file in files:
         rows = json.loads(file.read_text())
@@ -73,7 +75,7 @@ def read_rows(files: list[Path], count: int, seed: int) -> list[dict[str, str]]:
 
 
 def encode(rows: list[dict[str, str]], tokenizer: Any) -> dict[str, Tensor]:
-    """A batch, padded on the right, with labels at the answers."""
+    """A batch [B, S], padded on the right, with labels at the answers."""
     encoded = []
     for row in rows:
         prompt = tokenizer(f"{row['instruction']}\n\n### Response:\n")["input_ids"]
@@ -91,8 +93,8 @@ def encode(rows: list[dict[str, str]], tokenizer: Any) -> dict[str, Tensor]:
     }
 
 
-def places(batch: dict[str, Tensor], tokens: int) -> list[list[list[int]]]:
-    """The first and the last tokens of each row's prompt. The prompts are long enough for both."""
+def columns_to_edit(batch: dict[str, Tensor], tokens: int) -> list[list[list[int]]]:
+    """For each row, the columns of its prompt's first and last tokens. The prompts are long enough for both."""
     found = []
     for row in batch["labels"]:
         length = int((row != IGNORED).int().argmax())
@@ -118,11 +120,16 @@ def train(
         way (`str`): `"ours"` or `"householder"`.
         base (`str`): A folder or hub name of a causal language model.
         files (`list[Path]`): Examples, as LLM-Adapters has them.
-        seed, examples, rank, rate, tokens, batch: Of the run: seed, number of examples, r, learning rate, f and l,
-            rows of a batch.
+        seed (`int`): Seed of data order, weights and dropout.
+        examples (`int`): How many examples.
+        rank (`int`): r.
+        rate (`float`): The learning rate.
+        tokens (`int`): How many first and how many last tokens are edited.
+        batch (`int`): Rows of a batch.
 
     Returns:
-        `dict`: `losses` of all steps, and how far the rows of R are from orthonormal at the end.
+        `dict`: `losses` of all steps; `off`, the largest entry of |R Rᵀ − I| at the end; `trained`, the number of
+            parameters.
     """
     from peft import get_peft_model
 
@@ -149,16 +156,16 @@ def train(
     for start in range(0, len(rows) - batch + 1, batch):
         inputs = encode(rows[start : start + batch], tokenizer)
         for edit in edits:
-            edit.places = places(inputs, tokens)
+            edit.columns = columns_to_edit(inputs, tokens)
         loss = run(**inputs, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     if way == "ours":
-        ours.state_dict()  # which sees to it that what is saved is orthonormal
-        bases = [layer.reft_R["default"] for layer in layers]
+        ours.state_dict()  # saving makes R orthonormal after the last step
+        trained_R = [layer.reft_R["default"] for layer in layers]
     else:
-        bases = [edit.R_GRD for edit in edits]
-    off = max((R @ R.mT - torch.eye(rank)).abs().max().item() for R in bases)
+        trained_R = [edit.R_GRD for edit in edits]
+    off = max((R @ R.mT - torch.eye(rank)).abs().max().item() for R in trained_R)
     return {"losses": losses, "off": off, "trained": sum(parameter.numel() for parameter in trained)}

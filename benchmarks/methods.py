@@ -1,7 +1,7 @@
-"""Models to measure, and the methods put on them.
+"""The models to measure, and the methods that are put on them.
 
-Runs in the environments of the peers too, so it imports torch and transformers alone at its head, and keeps to what
-their versions have in common.
+This file also runs in the environments of pyreft and adapters. So only torch and transformers are imported at its head,
+and only what their versions in these environments have in common is used.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import transformers
 
 VOCABULARY = 256
 SIZES: dict[str, dict[str, int]] = {
-    # Small and deep, so that the cost of dispatching operations counts on a CPU as it does on a GPU.
+    # Small and deep: dispatching operations then takes a large part of the time on a CPU, as it does on a GPU.
     "deep": {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 32, "num_attention_heads": 4},
-    # As SmolLM2-135M.
+    # The sizes of SmolLM2-135M.
     "135m": {
         "hidden_size": 576,
         "intermediate_size": 1536,
@@ -41,21 +41,22 @@ LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
 @dataclass
 class Setting:
-    """What is measured.
+    """A model, a batch and an adapter to measure.
 
     Args:
         size (`str`): A key of `SIZES`.
-        base_layers (`int`, *optional*): Layers of the base, if not those of its size.
-        batch, length, prompt (`int`): Rows, tokens of a row, and how many of them are prompt.
-        rank (`int`): Of ReFT and of LoRA.
-        positions (`str`): ReFT's.
+        base_layers (`int`, *optional*): Number of layers of the base. None: that of its size.
+        batch, length, prompt (`int`): Rows of a batch, tokens of a row, and how many of these are prompt.
+        rank (`int`): The rank of ReFT and of LoRA.
+        positions (`str`): ReFT's positions.
         tied (`bool`): Whether first and last tokens share weights.
         layers (`list[int]`, *optional*): The layers that ReFT edits. None: all.
-        device, dtype (`str`): Where, and in which dtype of the base.
+        device (`str`): `"cpu"` or `"cuda"`.
+        dtype (`str`): The dtype of the base.
         attention (`str`): transformers' `attn_implementation`.
-        checkpointing (`bool`): Gradient checkpointing.
-        packed (`bool`): All rows in one, with position ids that restart.
-        four_bit (`bool`): The base quantized by bitsandbytes.
+        checkpointing (`bool`): Whether to use gradient checkpointing.
+        packed (`bool`): Whether all sequences are in one row, with position ids that restart.
+        four_bit (`bool`): Whether bitsandbytes quantizes the base.
     """
 
     size: str = "deep"
@@ -76,7 +77,7 @@ class Setting:
 
     @property
     def first_and_last(self) -> tuple[int, int]:
-        """How many first and last tokens `positions` names."""
+        """The numbers of first and of last tokens in `positions`."""
         counts = {part[0]: int(part[1:]) for part in self.positions.split("+")}
         return counts.get("f", 0), counts.get("l", 0)
 
@@ -110,7 +111,7 @@ def _four_bit(config: Any, setting: Setting) -> Any:
 
 
 def training_batch(setting: Setting) -> dict[str, torch.Tensor]:
-    """Random tokens, with labels after the prompt."""
+    """A batch of random tokens, with labels after the prompt."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCABULARY, (setting.batch, setting.length), generator=generator)
     labels = ids.clone()
@@ -130,31 +131,31 @@ class Subject:
     """A model with a method on it.
 
     Args:
-        model: What is called.
-        call: Runs a forward on a batch, and returns the loss.
+        model: The model, or an object with its methods.
+        call: Called with the model and a batch, runs a forward and returns the loss.
     """
 
     model: Any
     call: Any
 
     def trainable(self) -> int:
-        """How many weights are trained."""
+        """The number of trained weights."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """Those weights."""
+        """The trained parameters."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
 
 def frozen(setting: Setting) -> Subject:
-    """The base, with a gradient to its input: what a step costs that trains nothing."""
+    """The base, nothing trained. Its input requires a gradient, so that a step includes a whole backward."""
     model = base_model(setting).requires_grad_(False)
     model.enable_input_require_grads()
     return Subject(_checkpointed(model, setting), lambda model, batch: model(**batch).loss)
 
 
 class _Sketch(torch.nn.Module):
-    """LoReFT's arithmetic around a block and nothing else: the places are known, R is free, and nothing is checked."""
+    """Only the arithmetic of LoReFT around a block: the tokens are known, R is not kept orthonormal, nothing is checked."""
 
     def __init__(self, block: torch.nn.Module, setting: Setting, width: int) -> None:
         super().__init__()
@@ -163,9 +164,9 @@ class _Sketch(torch.nn.Module):
         self.source_DR = torch.nn.Parameter(torch.zeros(width, setting.rank))
         self.bias_R = torch.nn.Parameter(torch.zeros(setting.rank))
         first, last = setting.first_and_last
-        places = torch.tensor([*range(first), *range(setting.prompt - last, setting.prompt)])
-        self.row_T = torch.arange(setting.batch).repeat_interleave(len(places))
-        self.column_T = places.repeat(setting.batch)
+        columns = torch.tensor([*range(first), *range(setting.prompt - last, setting.prompt)])
+        self.row_T = torch.arange(setting.batch).repeat_interleave(len(columns))
+        self.column_T = columns.repeat(setting.batch)
         self.index_T = {tokens: self.row_T * tokens + self.column_T for tokens in (setting.length, setting.prompt)}
 
     def __getattr__(self, name: str) -> Any:
@@ -185,8 +186,7 @@ class _Sketch(torch.nn.Module):
 
 
 def sketch(setting: Setting) -> Subject:
-    """What the edit itself costs, as plain torch operations: below it, nothing that runs layer by layer in eager mode
-    can be."""
+    """The edit alone, as plain torch operations: the lower bound for anything that runs layer by layer in eager mode."""
     model = base_model(setting).requires_grad_(False)
     model.enable_input_require_grads()
     for index in range(len(model.model.layers)):
@@ -195,7 +195,7 @@ def sketch(setting: Setting) -> Subject:
 
 
 def reft(setting: Setting) -> Subject:
-    """This package."""
+    """LoReFT of this package."""
     from peft import get_peft_model
 
     import peft_reft
@@ -223,7 +223,7 @@ def lora(setting: Setting) -> Subject:
 
 
 def pyreft(setting: Setting) -> Subject:
-    """pyreft, which takes lists of positions, made by hand."""
+    """LoReFT of pyreft. Its lists of positions are made by hand."""
     import pyreft as library
 
     base = base_model(setting)
@@ -243,8 +243,8 @@ def pyreft(setting: Setting) -> Subject:
     model = library.get_reft_model(base, library.ReftConfig(representations=representations), set_device=False)
     model.set_device(setting.device)
     first, last = setting.first_and_last
-    places = [*range(first), *range(setting.prompt - last, setting.prompt)]
-    locations = [[places] * setting.batch for _ in layers]
+    columns = [*range(first), *range(setting.prompt - last, setting.prompt)]
+    locations = [[columns] * setting.batch for _ in layers]
 
     def call(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
@@ -255,7 +255,7 @@ def pyreft(setting: Setting) -> Subject:
 
 
 class _Pyreft(Subject):
-    """pyreft's model is a module without parameters of its own."""
+    """A model of pyreft: its `parameters()` lack those of the interventions, which are not its submodules."""
 
     def parameters(self) -> list[torch.nn.Parameter]:
         interventions = self.model.interventions.values()
@@ -264,7 +264,7 @@ class _Pyreft(Subject):
 
 
 def adapters(setting: Setting) -> Subject:
-    """The library adapters."""
+    """LoReFT of the adapters library."""
     import adapters as library
 
     first, last = setting.first_and_last

@@ -1,8 +1,8 @@
-"""Processes to measure in, and measurements in pairs.
+"""Worker processes, and measurements in pairs.
 
-A machine's speed drifts by more than what is to be measured. So the runs of all subjects are interleaved, and what
-counts is the ratio of two that ran one after the other, in the same process; its median, and the quartiles around it,
-are reported.
+A machine's speed drifts by more than the differences to be measured. So the runs of all models are interleaved, and each
+run is divided by one of the base that ran just before or after it. The median and the quartiles of these ratios are
+reported.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any
 
 
 class WorkerError(RuntimeError):
-    """What a worker could not do."""
+    """A worker could not do what it was asked."""
 
 
 class Worker:
-    """A process of an environment, to be used in a `with` block.
+    """A process that runs worker.py, to be used in a `with` block.
 
     Args:
-        python (`str`, *optional*): Its interpreter. None: that of this process.
+        python (`str`, *optional*): The interpreter of an environment. None: that of this process.
         threads (`int`): Threads of torch.
-        log (`Path`, *optional*): Where what its libraries print goes.
+        log (`Path`, *optional*): The file that its libraries' output goes to. None: nowhere.
     """
 
     def __init__(self, python: str | None = None, threads: int = 1, log: Path | None = None) -> None:
@@ -51,10 +51,10 @@ class Worker:
         self._log.close()
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Have it do something.
+        """Have the worker run a method of its `Bench`, and return the answer.
 
         Raises:
-            WorkerError: with the error, when it can't.
+            WorkerError: when the method raises, with its message, or when the process has stopped.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
@@ -70,13 +70,13 @@ class Worker:
 
 @dataclass
 class Ratio:
-    """How long something takes, as a multiple of what it is compared with.
+    """The time of a run, as a multiple of the time of another.
 
     Args:
-        seconds (`float`): The median of its runs.
+        seconds (`float`): The median of its times.
         ratio (`float`): The median of the ratios of pairs.
-        low, high (`float`): Their quartiles.
-        pairs (`int`): How many there were.
+        low, high (`float`): The quartiles of these ratios.
+        pairs (`int`): How many pairs there were.
     """
 
     seconds: float
@@ -87,20 +87,20 @@ class Ratio:
 
     @classmethod
     def of(cls, own: Sequence[float], other: Sequence[float]) -> Ratio:
-        """That of runs to those that were paired with them."""
+        """Compare the seconds of runs with the seconds of those that they are paired with."""
         ratios = [a / b for a, b in zip(own, other)]
         low, _, high = quantiles(ratios, n=4)
         return cls(median(own), median(ratios), low, high, len(ratios))
 
     def as_dict(self) -> dict[str, float]:
-        """For JSON."""
+        """The fields, for JSON."""
         return asdict(self)
 
 
 def interleave(
     runs: dict[str, Callable[[], float]], pairs: int, warmup: int = 3, tick: Callable[[], None] | None = None
 ) -> dict[str, list[float]]:
-    """The seconds of every run, each so many times, in turn and back: A B C, C B A, ..."""
+    """Run all of `runs` `pairs` times, in turn and back (A B C, C B A, ...), and return the seconds of each."""
     names = list(runs)
     for _ in range(warmup):
         for name in names:

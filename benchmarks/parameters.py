@@ -1,10 +1,10 @@
-"""How many parameters an adapter has in the paper's own settings, beside the percentages that the paper gives.
+"""Counts the parameters of adapters in the paper's settings, beside the percentages that the paper gives.
 
-This module knows the public sizes of the base models, the settings and the paper's numbers. Models are made on the
-meta device, where they take no memory: what is counted is what `get_peft_model` makes.
+This module knows the public sizes of the base models, the settings and the paper's numbers. `get_peft_model` makes the
+adapters on the meta device, where models take no memory.
 
-Percentages are of one of two wholes. The paper divides the adapter's parameters by those of the base model; what it
-takes over of LoRA from LLM-Adapters and DoRA is what PEFT prints, a share of base model and adapter together.
+There are two kinds of percentages. For ReFT, the paper divides the adapter's parameters by those of the base model. Its
+numbers for LoRA come from LLM-Adapters and DoRA, which divide by base model and adapter together, as PEFT does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PAPER = "arXiv 2404.03592"
 LLM_ADAPTERS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
 
-def _llama(width: int, inner: int, layers: int, heads: int, vocab: int = 32_000, groups: int | None = None) -> Any:
+def _llama(width: int, inner: int, layers: int, heads: int, vocab: int = 32_000, kv_heads: int | None = None) -> Any:
     return t.LlamaForCausalLM(
         t.LlamaConfig(
             vocab_size=vocab,
@@ -32,7 +32,7 @@ def _llama(width: int, inner: int, layers: int, heads: int, vocab: int = 32_000,
             intermediate_size=inner,
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=groups or heads,
+            num_key_value_heads=kv_heads or heads,
             tie_word_embeddings=False,
         )
     )
@@ -56,7 +56,7 @@ MODELS = {
     "LLaMA-7B": lambda: _llama(4096, 11_008, 32, 32),
     "LLaMA-13B": lambda: _llama(5120, 13_824, 40, 40),
     "Llama-2 7B": lambda: _llama(4096, 11_008, 32, 32),
-    "Llama-3 8B": lambda: _llama(4096, 14_336, 32, 32, vocab=128_256, groups=8),
+    "Llama-3 8B": lambda: _llama(4096, 14_336, 32, 32, vocab=128_256, kv_heads=8),
     "RoBERTa-base": lambda: _roberta(768, 12, 12),
     "RoBERTa-large": lambda: _roberta(1024, 24, 16),
 }
@@ -74,7 +74,7 @@ class Published:
         setting (`str`): The settings in words.
         config (`PeftConfig`): The settings.
         percent (`str`): The paper's percentage, with its digits.
-        of_both (`bool`): Whether it is a share of base model and adapter together, else of the base model.
+        of_both (`bool`): Whether the percentage is of base model and adapter together. False: of the base model.
     """
 
     model: str
@@ -116,9 +116,9 @@ def published() -> Iterator[Published]:
 
 
 def count(row: Published) -> dict[str, Any]:
-    """What one row comes to: parameters of the adapter and of the base model, and both percentages.
+    """Count the parameters of the adapter and of the base model in one row, and compute both percentages.
 
-    A head that is trained whole is part of neither, as in the paper.
+    A classifier's head counts to neither, as in the paper.
     """
     with torch.device("meta"):
         model = MODELS[row.model]()
@@ -168,5 +168,5 @@ def table(found: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 
 
 def digits(percent: str) -> int:
-    """How many digits stand behind the point."""
+    """How many digits a percentage has behind the point."""
     return len(percent.split(".")[1])

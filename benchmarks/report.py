@@ -1,4 +1,4 @@
-"""Measurements as tables, and as plots."""
+"""Prints measurements as tables, and plots them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def ratio_text(measured: dict[str, float]) -> str:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]], console: Console | None = None) -> None:
-    """A table for a person to read."""
+    """Print a table to the console."""
     table = Table(title=title)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
@@ -25,13 +25,13 @@ def print_table(title: str, columns: list[str], rows: list[list[str]], console: 
 
 
 def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
-    """The same for a document."""
+    """A table in Markdown."""
     lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def slope(points: list[dict[str, Any]]) -> tuple[float, float]:
-    """The straight line through (value, ratio): the ratio at 0, and what one more adds."""
+    """Fit a straight line to (value, ratio) by least squares: the ratio at 0, and the slope."""
     xs, ys = [point["value"] for point in points], [point["ratio"] for point in points]
     mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
     spread = sum((x - mean_x) ** 2 for x in xs)
@@ -40,7 +40,7 @@ def slope(points: list[dict[str, Any]]) -> tuple[float, float]:
 
 
 def plot_scaling(scaling: dict[str, list[dict[str, Any]]], folder: Path) -> list[Path]:
-    """Step cost against what was varied, one plot each. Needs matplotlib."""
+    """Plot step cost against each varied setting. Needs matplotlib. Returns the files."""
     import matplotlib
 
     matplotlib.use("Agg")

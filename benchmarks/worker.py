@@ -1,7 +1,7 @@
-"""A process that holds models and runs them when it is told to: one for each environment.
+"""A process that holds models and runs them on command. There is one for each environment.
 
-Reads a command a line from its input, as JSON, and answers with a line. It is started with the interpreter of the
-environment, and imports nothing of this package but what lies beside it, so a peer's environment needs nothing
+It reads one JSON command a line from standard input, and answers each with a line. It runs on the environment's
+interpreter and imports only methods.py from beside it, so that the environment of another library needs nothing
 installed.
 """
 
@@ -25,7 +25,7 @@ from methods import METHODS, Setting, Subject, base_model, training_batch
 
 
 class Bench:
-    """The models of one process, by name, and what can be asked of them."""
+    """The models of one process, by name. The public methods are the commands."""
 
     def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -35,7 +35,7 @@ class Bench:
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
 
     def versions(self) -> dict[str, Any]:
-        """What this environment and machine are."""
+        """Versions of Python and the libraries, and the GPU's name."""
         from importlib.metadata import PackageNotFoundError, version
 
         found: dict[str, Any] = {"python": sys.version.split()[0]}
@@ -47,7 +47,7 @@ class Bench:
         return found
 
     def build(self, name: str, method: str, setting: dict[str, Any]) -> dict[str, Any]:
-        """Put a method on a model, under a name."""
+        """Make a model with a method on it, and keep it under a name."""
         self.settings[name] = Setting(**setting)
         subject = self.subjects[name] = METHODS[method](self.settings[name])
         self.batches[name] = training_batch(self.settings[name])
@@ -79,7 +79,7 @@ class Bench:
             self.optimizers[name].zero_grad()
 
     def peak(self, name: str) -> dict[str, Any]:
-        """The most memory that is allocated at once in a step, beside what is held before it."""
+        """The most memory in bytes that a step allocates at once, beyond what was allocated before it."""
         self._step(name)
         gc.collect()
         if self.settings[name].device != "cpu":
@@ -98,7 +98,7 @@ class Bench:
         return {"bytes": most}
 
     def generate(self, name: str, tokens: int, rows: int) -> dict[str, Any]:
-        """Generation of some tokens: with one, the prefill."""
+        """Generate `tokens` tokens for `rows` prompts. With one token, this is the prefill."""
         model, setting = self.subjects[name].model.eval(), self.settings[name]
         ids = self.batches[name]["input_ids"].view(-1, setting.length)[:rows, : setting.prompt]
         self._sync(name)
@@ -145,7 +145,8 @@ class Bench:
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")  # what libraries print goes elsewhere
+    # Standard output is for answers only: what libraries print there goes to standard error.
+    answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     bench = Bench(int(sys.argv[1]))
     for line in sys.stdin:

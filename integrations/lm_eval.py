@@ -1,16 +1,16 @@
-"""The lm-evaluation-harness, with ReFT.
+"""The lm-evaluation-harness with ReFT adapters.
 
     python -m peft_reft.integrations.lm_eval --model hf --model_args pretrained=...,peft=...
 
-Everything is the harness's own: this module makes PEFT know ReFT, by being imported, tells likelihood requests where
-their prompts end, and hands over to the harness's command line. From Python, `import peft_reft.integrations.lm_eval`
-before a model is made does the same.
+Importing this module registers ReFT with PEFT and patches the harness's model for transformers so that likelihood
+requests reach the adapter with the length of their prompts. The command line is the harness's own. From Python,
+`import peft_reft.integrations.lm_eval` before a model is made does the same.
 
-The harness scores a continuation by one forward over context and continuation, without labels, and so without a word
-of where the one ends and the other begins. ReFT would take both for prompt, and edit the end of the continuation. Here
-requests whose prompts are equally long are scored together, and the model is told that length. A context's prompt is
-what `generate` would take for it, so likelihoods are those of generating the same tokens. `generate_until` goes
-through `generate`, which knows its prompts already.
+The harness scores a continuation by one forward over context and continuation, without labels. Nothing says where the
+context ends, so ReFT would take both for prompt and edit the end of the continuation. Here requests whose prompts have
+the same length are scored together, and that length is passed to the model as `prompt_lengths`. The prompt of a
+context is the one that `generate` would edit, so likelihoods are those of generating the same tokens. `generate_until`
+needs no patch: it calls `generate`, which knows its prompts.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import nn
 
-import peft_reft  # noqa: F401 - makes PEFT know ReFT
+import peft_reft  # noqa: F401 - registers ReFT with PEFT
 from peft_reft.tuner.forward.context import ForwardContext
 from peft_reft.tuner.positions.batch import Batch, select_tokens
 from peft_reft.tuner.positions.spec import Rules
 from peft_reft.tuner.versions import require
 
 
-# Of the harness's model for transformers: what is wrapped, and what is asked of it.
+# The methods of the harness's model for transformers that are wrapped or called.
 RELIED_ON = ("_loglikelihood_tokens", "loglikelihood_rolling", "tok_encode", "max_length", "_model_call")
 
 try:
@@ -37,11 +37,12 @@ try:
 except ImportError as error:
     raise ImportError(f"This needs the lm-evaluation-harness: pip install 'peft-reft[eval]'. {error}") from error
 
-Request = tuple[Any, list[int], list[int]]  # its text, and the tokens of context and continuation
+# (context, continuation) as text, tokens of the context, tokens of the continuation.
+Request = tuple[Any, list[int], list[int]]
 
 
 def rules_in_use(model: nn.Module) -> list[Rules]:
-    """Those of the ReFT adapters that are switched on and edit some tokens of a prompt."""
+    """The rules of the active ReFT adapters whose edits depend on where the prompt is: all but `positions="all"`."""
     context = ForwardContext.of(model)
     return [] if context is None else context.rules_in_use()
 
@@ -49,9 +50,13 @@ def rules_in_use(model: nn.Module) -> list[Rules]:
 def prompt_tokens(lm: Any, request: Request) -> list[int]:
     """The tokens of a request's context, as `generate` would be given them.
 
-    The harness counts spaces and line ends at the end of a context to the continuation. For `generate`, and in
-    training, they belong to the prompt, and its last tokens are edited. Where context and continuation share a token,
-    the prompt is what the harness has it to be.
+    The harness moves spaces and line ends from the end of a context to the continuation. For `generate`, and in
+    training, they belong to the prompt, whose last tokens are edited. Where context and continuation share a token,
+    the prompt is the harness's context.
+
+    Args:
+        lm (`lm_eval.models.huggingface.HFLM`): The harness's model.
+        request (`tuple`): One of its likelihood requests.
     """
     text, context, continuation = request
     if text is None or not text[0]:
@@ -61,8 +66,15 @@ def prompt_tokens(lm: Any, request: Request) -> list[int]:
 
 
 def prompt_length(rules: list[Rules], context: list[int]) -> int | None:
-    """How many tokens of a context are its prompt. None: it has several prompts, which the adapter's template finds by
-    itself.
+    """How many tokens of a context are its prompt.
+
+    Args:
+        rules (`list[Rules]`): The rules of the adapters in use.
+        context (`list[int]`): The tokens of the context.
+
+    Returns:
+        `int`, *optional*: The number of tokens. None: the context has several prompts, which no length can say. The
+            adapter finds them by its response template.
 
     Raises:
         ValueError: when adapters that are used together find different prompts.
@@ -83,18 +95,17 @@ def prompt_length(rules: list[Rules], context: list[int]) -> int | None:
 
 
 @contextmanager
-def told_prompts(model: nn.Module, length: int | None) -> Iterator[None]:
-    """A context in which each forward of a model is told that all its prompts have this length. None: it is told
-    nothing."""
+def with_prompt_lengths(model: nn.Module, length: int | None) -> Iterator[None]:
+    """A context in which each forward of a model gets `prompt_lengths` [B], all of this length. None: it gets none."""
     if length is None:
         yield
         return
 
-    def tell(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def add_lengths(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         ids = args[0] if args else kwargs["input_ids"]
         return args, {**kwargs, "prompt_lengths": torch.full((ids.shape[0],), length, device=ids.device)}
 
-    hook = model.register_forward_pre_hook(tell, with_kwargs=True)
+    hook = model.register_forward_pre_hook(add_lengths, with_kwargs=True)
     try:
         yield
     finally:
@@ -102,7 +113,7 @@ def told_prompts(model: nn.Module, length: int | None) -> Iterator[None]:
 
 
 def install() -> None:
-    """Tell the prompts of likelihood requests to ReFT, in every model of the harness that is one of transformers'.
+    """Patch the harness's model for transformers: likelihood requests of ReFT adapters get their prompt lengths.
 
     Raises:
         RuntimeError: naming the piece of the harness that is gone, and the versions known to work.
@@ -118,20 +129,20 @@ def install() -> None:
         rules = [] if self.backend == "seq2seq" else rules_in_use(self.model)
         if not rules:
             return score(self, requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
-        groups: dict[int | None, list[int]] = {}
+        by_length: dict[int | None, list[int]] = {}
         lengths: dict[tuple[int, ...], int | None] = {}
         for index, request in enumerate(requests):
             cut = max(0, len(request[1]) + len(request[2]) - self.max_length - 1)  # the harness cuts off the start
-            kept = tuple(prompt_tokens(self, request)[cut:])
-            if kept not in lengths:
-                lengths[kept] = prompt_length(rules, list(kept))
-            groups.setdefault(lengths[kept], []).append(index)
+            context = tuple(prompt_tokens(self, request)[cut:])
+            if context not in lengths:
+                lengths[context] = prompt_length(rules, list(context))
+            by_length.setdefault(lengths[context], []).append(index)
         results: list[Any] = [None] * len(requests)
-        for length in sorted(groups, key=lambda length: -(length or 0)):  # the longest first, as the harness has it
-            with told_prompts(self.model, length):
-                group = [requests[index] for index in groups[length]]
-                scored = score(self, group, disable_tqdm=True, override_bs=override_bs)
-            for index, result in zip(groups[length], scored):
+        for length in sorted(by_length, key=lambda length: -(length or 0)):  # the longest first, as the harness does
+            with with_prompt_lengths(self.model, length):
+                chosen = [requests[index] for index in by_length[length]]
+                scored = score(self, chosen, disable_tqdm=True, override_bs=override_bs)
+            for index, result in zip(by_length[length], scored):
                 results[index] = result
         return results
 
@@ -152,7 +163,7 @@ install()
 
 
 def main() -> None:
-    """The harness's command line."""
+    """Run the harness's command line."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

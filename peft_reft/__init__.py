@@ -1,7 +1,7 @@
 """ReFT (Representation Finetuning, arXiv 2404.03592) as a PEFT tuner.
 
-Importing this package is all it takes: `get_peft_model`, `PeftModel.from_pretrained`, `AutoPeftModelForCausalLM` and
-`PeftConfig.from_pretrained` then know ReFT as they know LoRA.
+Importing this package registers ReFT with PEFT: `get_peft_model`, `PeftModel.from_pretrained`,
+`AutoPeftModelForCausalLM` and `PeftConfig.from_pretrained` then take it as they take LoRA.
 """
 
 from .tools.collator import PromptLengthsCollator

@@ -64,10 +64,10 @@ def positions(
     if not name:
         raise ValueError(f"{adapter_or_config} does not name a base model. Give its tokenizer with --tokenizer.")
     tokens = AutoTokenizer.from_pretrained(name)
-    groups = [[{"input_ids": tokens(one)["input_ids"]} for one in text or ()]]
+    batches = [[{"input_ids": tokens(one)["input_ids"]} for one in text or ()]]
     if dataset is not None:
-        groups.append([encode_row(row, template, tokens) for row in read_rows(dataset, examples)])
-    for rows in groups:
+        batches.append([encode_row(row, template, tokens) for row in read_rows(dataset, examples)])
+    for rows in batches:
         if rows:
             explain_positions(config, tokens, pad_rows(rows))
 
@@ -94,7 +94,8 @@ def convert(
     head: Annotated[bool, typer.Option(help="Whether to take along the head that was trained.")] = True,
     args_file: Annotated[Path | None, typer.Option(help="The args.json of pyreft's training script.")] = None,
 ) -> None:
-    """Make a PEFT adapter of a checkpoint of pyreft or of the adapters library, or a checkpoint of pyreft of a PEFT adapter."""
+    """Make a PEFT adapter of a checkpoint of pyreft or of the adapters library, or a pyreft checkpoint of a PEFT
+    adapter."""
     kind = _kind_of(source)
     only_pyreft = {"positions": positions, "act_fn": act_fn, "dropout": dropout, "args_file": args_file}
     only_in = {**only_pyreft, "intervention": intervention, "task_type": task_type}
@@ -113,12 +114,14 @@ def convert(
         done = export_pyreft(source, out, base_model)
     else:
         raise ValueError(
-            f"--to {to}: {source} is a checkpoint of {kind}. PEFT adapters are converted with --to pyreft, others with --to peft."
+            f"--to {to}: {source} is a checkpoint of {kind}. PEFT adapters are converted with --to pyreft, others "
+            "with --to peft."
         )
     _report(done)
 
 
 def _kind_of(source: Path) -> str:
+    """The library whose checkpoint a folder is: "peft", "adapters" or "pyreft"."""
     if (source / "adapter_config.json").exists():
         config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
         return "peft" if isinstance(config, dict) and "peft_type" in config else "adapters"
@@ -128,6 +131,7 @@ def _kind_of(source: Path) -> str:
 
 
 def _refuse_options(options: dict[str, Any], reason: str) -> None:
+    """Refuse options that this kind of checkpoint does not need: ignored, they would mislead."""
     given = [f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None]
     if given:
         raise ValueError(f"{' '.join(given)} has no meaning here: {reason}. Leave it out.")
@@ -144,7 +148,7 @@ def _report(done: Conversion) -> None:
 
 
 def _read_config(path: Path) -> tuple[ReftConfig, str | None]:
-    """A ReftConfig, and the name of its base model, from whatever holds one."""
+    """The ReftConfig in an adapter's folder, a JSON file or an axolotl YAML, and the name of the base model."""
     if path.suffix in (".yaml", ".yml"):
         return _read_yaml(path)
     if path.suffix == ".json":
@@ -158,7 +162,7 @@ def _read_config(path: Path) -> tuple[ReftConfig, str | None]:
 
 
 def _read_yaml(path: Path) -> tuple[ReftConfig, str | None]:
-    """The ReftConfig that the axolotl plugin makes of a YAML."""
+    """The ReftConfig that the axolotl plugin makes of a YAML, and the name of the tokenizer or base model."""
     try:
         from .integrations.axolotl.args import ReftBlock, is_reft, reft_config
     except ImportError as error:
@@ -174,7 +178,7 @@ def _read_yaml(path: Path) -> tuple[ReftConfig, str | None]:
 
 
 def main() -> None:
-    """Run the command. What a user got wrong is one line, not a traceback."""
+    """Run the command. A ValueError or OSError becomes one line and exit status 2, not a traceback."""
     try:
         app()
     except (ValueError, OSError) as error:

@@ -94,7 +94,7 @@ def failed_tests(report: Path) -> set[str]:
     for case in ElementTree.parse(report).iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
             # A file that can't be imported stands as a case without a class, named tests.test_x.
-            module = case.get("classname") or case.get("name", "")
+            module = case.get("classname") or case.get("name") or ""
             path = module.replace(".", "/") + ".py"
             failed.add(f"{path}::{case.get('name')}" if case.get("classname") else path)
     return failed

@@ -1,10 +1,10 @@
-"""ReFT in axolotl: a LoRA YAML becomes a ReFT YAML by one line.
+"""ReFT in axolotl: one line makes a LoRA YAML a ReFT YAML.
 
 ```yaml
 adapter: loreft  # or noreft, direft, nodireft, consreft, lobireft
 ```
 
-axolotl 0.21 finds the plugin among the installed packages. axolotl 0.19 has to be told of it:
+axolotl 0.21 finds the plugin among the installed packages. axolotl 0.19 needs it named:
 
 ```yaml
 plugins:

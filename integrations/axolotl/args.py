@@ -15,7 +15,7 @@ from peft_reft.tuner.config import own_fields
 from peft_reft.tuner.interventions.formulas import INTERVENTIONS
 
 
-# LoRA keys that mean for ReFT what they mean for LoRA: the field that each one sets.
+# LoRA keys that mean the same for ReFT -> the field of ReftConfig that each one sets.
 SHARED_KEYS = {
     "lora_r": "r",
     "lora_dropout": "dropout",
@@ -26,7 +26,8 @@ SHARED_KEYS = {
 }
 # LoRA keys that are about loading, the same for every adapter.
 LOADING_KEYS = {"lora_model_dir", "lora_on_cpu", "peft_autocast_adapter_dtype"}
-# Kinds of `rl:` whose trainers pass on what a collator adds to their batches. Others take ids and masks alone.
+# Values of `rl:` whose trainers pass the model keys that a collator adds to a batch, `prompt_lengths` among them.
+# Other trainers pass ids and masks only.
 TOLD_BY_COLLATOR = ("dpo", "ipo", "kto")
 LORA_PREFIXES = ("lora_", "peft_", "loraplus_", "qlora_")
 
@@ -74,13 +75,14 @@ class _Args(BaseModel):
     """What the plugin adds to axolotl's config."""
 
     reft: Any
-    # What `--debug` sets. axolotl keeps a key only if something declares it, and overwrites a YAML's own with the flag.
+    # What `--debug` sets. axolotl keeps a key only if something declares it, and overwrites a YAML's own with the
+    # flag.
     debug: bool | None = Field(default=None, description="Log the edited tokens of a training batch.")
 
     @model_validator(mode="before")
     @classmethod
     def check_loading(cls, data: Any) -> Any:
-        """Before axolotl's own checks, whose ways out are for LoRA."""
+        """Check loading in 4 bits before axolotl does: its messages advise on LoRA only."""
         if isinstance(data, dict) and is_reft(data.get("adapter")) and data.get("load_in_4bit"):
             _check_base_can_be_loaded(data)
         return data
@@ -113,7 +115,7 @@ ReftArgs = create_model(
 
 
 def _check_merge(cfg: Any, config: ReftConfig) -> None:
-    """`axolotl merge-lora`: stop before anything is written. Whether every layer can be merged is PEFT's to find out."""
+    """`axolotl merge-lora`: stop before anything is written. Whether each layer can be merged, PEFT checks later."""
     if not config.spec.all_tokens:
         raise ValueError(
             f"adapter: {cfg.adapter} can't be merged into the base model: it edits hidden states at chosen positions, "
@@ -129,7 +131,7 @@ def _check_merge(cfg: Any, config: ReftConfig) -> None:
 
 
 def _check_prompts_are_known(cfg: Any, config: ReftConfig) -> None:
-    """Settings of axolotl with which nothing says where a prompt ends stop here, before a model is loaded."""
+    """Refuse settings of axolotl with which nothing says where prompts end, before a model is loaded."""
     if config.spec.all_tokens or config.response_template is not None:
         return
     ways_out = (
@@ -150,7 +152,8 @@ def _check_prompts_are_known(cfg: Any, config: ReftConfig) -> None:
 
 
 def _check_base_can_be_loaded(data: dict) -> None:
-    """Ways of loading a 4-bit base that axolotl has for the adapter name qlora alone stop here, with a way that ReFT has."""
+    """Refuse ways of loading a 4-bit base that axolotl offers for `adapter: qlora` only, and name one that ReFT
+    has."""
     if data.get("nf4_backend") == "torchao":
         raise ValueError(
             f"nf4_backend: torchao is for adapter: qlora alone, not for adapter: {data['adapter']}. Remove nf4_backend: "
@@ -167,7 +170,7 @@ def _check_base_can_be_loaded(data: dict) -> None:
 
 
 def is_reft(adapter: str | None) -> bool:
-    """Whether an `adapter:` is one of ours."""
+    """Whether an `adapter:` of a YAML is a ReFT adapter."""
     return adapter in INTERVENTIONS
 
 
@@ -197,6 +200,6 @@ def reft_config(cfg: Any, task_type: str | None = None) -> ReftConfig:
 
 
 def meaningless_keys(cfg: Any) -> list[str]:
-    """The LoRA keys of a YAML that say nothing to ReFT."""
+    """The LoRA keys of a YAML that have no meaning for ReFT."""
     known = {*SHARED_KEYS, *LOADING_KEYS}
     return sorted(key for key, value in cfg.items() if key.startswith(LORA_PREFIXES) and key not in known and value)

@@ -1,7 +1,8 @@
-"""What the plugin relies on in axolotl that is private, that it wraps, or that axolotl calls by name.
+"""Every piece of axolotl that the plugin relies on and that is private, wrapped, or a hook that axolotl calls by name.
 
-This is the one list of it. A hook that axolotl no longer calls would be passed over in silence, so all are looked for once, before the
-first ReFT adapter; a run with another adapter asks for nothing. Here too: the base model of a ReFT adapter is built as LoRA's is.
+If axolotl dropped a hook, the plugin would stop working without an error. So all pieces are looked for once, before
+the first ReFT adapter of a process. A run with another adapter checks nothing. This module also makes axolotl build
+the base model of a ReFT adapter as it builds LoRA's.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from peft_reft.tuner.versions import gone, require
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Called by the plugin, or wrapped.
+# Functions that the plugin calls or wraps.
 CALLED = (
     "axolotl.loaders.adapter:_get_peft_task_type",
     "axolotl.loaders.model:ModelLoader.load",
     "axolotl.loaders.tokenizer:load_tokenizer",
 )
-# Hooks that the plugin stands in for: axolotl declares what it calls.
+# Hooks of axolotl that the plugin overrides. axolotl declares each hook that it calls on BasePlugin.
 HOOKS = (
     "add_callbacks_post_trainer",
     "get_adapter_capabilities",
@@ -36,7 +37,7 @@ HOOKS = (
 
 @functools.cache
 def check_axolotl() -> None:
-    """Look for the pieces that the plugin relies on, once.
+    """Check once that axolotl has the pieces that the plugin relies on.
 
     Raises:
         RuntimeError: naming the piece that the installed axolotl lacks, and the versions known to work.
@@ -49,14 +50,14 @@ def check_axolotl() -> None:
 
 
 def task_type(model: PreTrainedModel) -> Any:
-    """PEFT's task type of a model, as axolotl gives it to LoRA."""
+    """PEFT's task type of a model, the one that axolotl gives LoRA."""
     from axolotl.loaders.adapter import _get_peft_task_type
 
     return _get_peft_task_type(model)
 
 
 def tokenizer_of(cfg: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer that axolotl makes of a YAML, with the tokens that it adds."""
+    """The tokenizer that axolotl makes for a YAML, with the tokens that the YAML adds."""
     from axolotl.loaders.tokenizer import load_tokenizer
 
     return load_tokenizer(cfg)
@@ -65,10 +66,11 @@ def tokenizer_of(cfg: Any) -> PreTrainedTokenizerBase:
 def build_base_as_for_lora() -> None:
     """Have axolotl build the base model of a ReFT adapter as it builds LoRA's. Done once in a process.
 
-    axolotl quantizes the base, and prepares a quantized one for training, for the adapter names lora and qlora only: with
-    any other, `load_in_4bit: true` is dropped in silence. No hook of its plugins comes early enough to mend that. So
-    ReFT goes by the name of its like from the start of `ModelLoader.load` to the hook `pre_lora_load` (`own_name_again`), and
-    gets just what LoRA gets, in later versions too. Other adapters are not touched.
+    axolotl quantizes a base, and prepares a quantized one for training, only if `adapter:` is lora or qlora. With any
+    other name, it drops `load_in_4bit: true` in silence, and no hook of a plugin comes early enough to mend that. So
+    `adapter:` is set to lora or qlora from the start of `ModelLoader.load` to the hook `pre_lora_load`, where
+    `own_name_again` sets it back: ReFT gets what LoRA gets, in later versions of axolotl too. Other adapters are not
+    touched.
     """
     from axolotl.loaders.model import ModelLoader
 
@@ -86,7 +88,7 @@ def build_base_as_for_lora() -> None:
         cfg.adapter = "qlora" if cfg.load_in_4bit else "lora"
         try:
             loaded = load(loader)
-            if cfg.adapter != adapter:  # LoRA itself was trained in ReFT's place
+            if cfg.adapter != adapter:  # pre_lora_load was not called, so axolotl has put LoRA on the base
                 raise RuntimeError(
                     gone("axolotl", f"ModelLoader.load's call of the hook pre_lora_load, for adapter: {adapter},")
                 )
@@ -100,6 +102,6 @@ def build_base_as_for_lora() -> None:
 
 
 def own_name_again(cfg: Any) -> None:
-    """The base model is built: `adapter:` is what the YAML says, for the plugin to load it."""
+    """Set `adapter:` back to what the YAML says, once the base model is built. The plugin then loads the adapter."""
     if cfg._reft_adapter:
         cfg.adapter = cfg._reft_adapter

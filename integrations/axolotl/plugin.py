@@ -1,7 +1,7 @@
 """The axolotl plugin: declares the adapters, and loads them as axolotl loads LoRA.
 
-axolotl 0.21 and newer import this module for every run in an environment that has it, whatever the adapter: it does nothing, and imports
-nothing of axolotl's loaders, unless the adapter is one of ours.
+axolotl 0.21 and newer import this module in every run, whatever the adapter. Unless that is a ReFT adapter, the plugin
+does nothing and imports nothing of axolotl's loaders.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .args import is_reft, meaningless_keys, reft_config
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
 
-# A name below axolotl's own, for its log level to hold: other libraries' are shown from warnings up.
+# A logger below axolotl's own takes its level, so that infos are shown. Of other loggers only warnings are.
 LOG = get_logger("axolotl.integrations.reft")
 
 
@@ -40,7 +40,7 @@ class ReftPlugin(BasePlugin):
         return [AdapterCapabilities(name=name) for name in INTERVENTIONS]
 
     def register(self, cfg: DictDefault) -> None:
-        """Take out the LoRA keys that say nothing to ReFT, and name them."""
+        """Remove the LoRA keys that have no meaning for ReFT, and name them in a warning."""
         if not is_reft(cfg.get("adapter")):
             return
         axolotl_api.check_axolotl()
@@ -52,11 +52,12 @@ class ReftPlugin(BasePlugin):
             del cfg[key]
 
     def pre_lora_load(self, cfg: DictDefault, model: PreTrainedModel) -> None:
-        """The base model is built: go by the adapter's own name again, for it to be loaded by this plugin."""
+        """Set `adapter:` back to the YAML's value, once the base model is built as LoRA's is."""
         axolotl_api.own_name_again(cfg)
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Any) -> list:
-        """The trainer is there, with its data: tell it where prompts end, and, asked to, show it."""
+        """Have the collator add `prompt_lengths` for trainers that pass no labels, and log edited tokens if asked
+        to."""
         if is_reft(cfg.adapter) and self._is_first():
             config = reft_config(cfg)
             if cfg.rl and config.response_template is None and not config.spec.all_tokens:
@@ -74,7 +75,7 @@ class ReftPlugin(BasePlugin):
         if isinstance(config.response_template, str):
             _check_template(config.response_template, config, cfg)
         if cfg.seed is not None and not cfg.lora_model_dir:
-            # As axolotl 0.21 does for LoRA: the adapter starts from the seed, whatever was drawn before.
+            # As axolotl 0.21 does for LoRA: the start of the adapter depends on the seed alone, not on earlier draws.
             set_seed(cfg.seed)
         if config_only:
             return None, config
@@ -92,7 +93,8 @@ class ReftPlugin(BasePlugin):
         return adapted, config
 
     def _is_first(self) -> bool:
-        """False for a second one: a YAML may name by another path what axolotl found among the installed packages."""
+        """Whether this is the first ReftPlugin. A YAML may name the plugin that axolotl has found by itself: then
+        there are two, and the second does nothing."""
         plugins = PluginManager.get_instance().plugins.values()
         return next((plugin for plugin in plugins if isinstance(plugin, ReftPlugin)), self) is self
 
@@ -106,7 +108,8 @@ def _show_positions(trainer: Any) -> None:
 
 
 def _check_template(text: str, config: ReftConfig, cfg: DictDefault) -> None:
-    """An adapter finds its template by the tokenizer that its config names. axolotl may have added tokens to it."""
+    """Refuse a template with tokens that the YAML adds to the tokenizer: a saved adapter finds its template by the
+    tokenizer that its config names, which lacks them."""
     ids = axolotl_api.tokenizer_of(cfg)(text, add_special_tokens=False)["input_ids"]
     saved = text_template(text, AutoTokenizer.from_pretrained(config.tokenizer_name_or_path or cfg.base_model))
     if not saved.occurs_in(ids):
@@ -121,7 +124,7 @@ NOT_COMPARED = {"intervention", "init_weights", "tokenizer_name_or_path", "width
 
 
 def _check_saved(saved: PeftConfig, asked: ReftConfig, cfg: DictDefault) -> None:
-    """A saved adapter brings its own settings: refuse one of another kind, and say where it differs from the YAML."""
+    """Refuse a saved adapter with another edit, and warn of other settings that differ: the adapter keeps its own."""
     if not isinstance(saved, ReftConfig) or saved.intervention != asked.intervention:
         kind = (
             saved.intervention

@@ -1,11 +1,14 @@
-"""The base model without its weights: which modules it has, and which of them a checkpoint's other tensors are.
+"""The base model without its weights: which modules and parameters it has, and which modules are a trained head.
 
 Only the base model's config is read, and the model is made on the meta device, so that a large one costs no memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,13 +32,13 @@ _CLASSES_OF_TASK: dict[TaskType, dict[str, Any]] = {
 
 
 @dataclass
-class Skeleton:
+class BaseModel:
     """A base model on the meta device.
 
     Args:
         name (`str`): Its folder or hub name.
         model (`torch.nn.Module`): The model.
-        task_type (`str`, *optional*): PEFT's name of what its class is for.
+        task_type (`str`, *optional*): PEFT's name of the task that the model's class is for.
     """
 
     name: str
@@ -44,17 +47,57 @@ class Skeleton:
 
     @property
     def model_class(self) -> str:
+        """The name of the model's class in transformers."""
         return type(self.model).__name__
 
-    @property
+    @cached_property
     def modules(self) -> list[str]:
         """Names of its modules, in order."""
         return [name for name, _ in self.model.named_modules()]
 
-    def refuse_decoder(self, modules: list[str]) -> None:
-        """
+    @cached_property
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """Its parameters by their names, tied ones under each of their names."""
+        return dict(self.model.named_parameters(remove_duplicate=False))
+
+    def find_module(self, source: str, *names: str) -> str:
+        """The first of these names that a module of the model has.
+
+        Args:
+            source (`str`): The folder of the checkpoint that edits the module.
+            names (`str`): Names that the module may have, the checkpoint's own first.
+
         Raises:
-            ValueError: when a module lies outside the encoder of an encoder-decoder model.
+            ValueError: when there is no such module, naming the checkpoint's own name and the base model.
+        """
+        for name in names:
+            if name in self.modules:
+                return name
+        raise ValueError(
+            f"{source} edits {names[0]!r}, and base_model={self.name!r}, a {self.model_class}, has no such module. "
+            "Give the base model that the checkpoint was trained on."
+        )
+
+    def refuse_unknown_weights(self, names: Iterable[str], source: str, reason: str) -> None:
+        """Refuse trained weights that the base model does not have.
+
+        Args:
+            names (`Iterable[str]`): Names of the trained weights.
+            source (`str`): The folder or file they come from.
+            reason (`str`): Why such a weight can't be converted, and the way out: the end of the message.
+
+        Raises:
+            ValueError: naming the weight.
+        """
+        for name in names:
+            if name not in self._parameters:
+                raise ValueError(f"{source}: {name!r} is no weight of a {self.model_class}. {reason}")
+
+    def refuse_decoder(self, modules: list[str]) -> None:
+        """Refuse edits outside the encoder of an encoder-decoder model.
+
+        Raises:
+            ValueError: naming the module.
         """
         encoder = encoder_of(self.model)
         if encoder is None:
@@ -63,31 +106,36 @@ class Skeleton:
         for name in modules:
             if self.model.get_submodule(name) not in inside:
                 raise ValueError(
-                    f"The checkpoint edits {name!r}, which lies outside the encoder of a {self.model_class}. Edits of decoders of "
-                    "encoder-decoder models can't be converted: their prompt is not the encoder's."
+                    f"The checkpoint edits {name!r}, which lies outside the encoder of a {self.model_class}. Edits of "
+                    "decoders of encoder-decoder models can't be converted: their prompt is not the encoder's."
                 )
 
     def heads(self, tensors: dict[str, Tensor], source: str) -> list[str]:
-        """The modules that these trained tensors are, whole. PEFT trains and saves whole modules only.
+        """The modules that these trained tensors make up, for `modules_to_save`: PEFT trains and saves whole modules.
 
         Args:
             tensors (`dict[str, torch.Tensor]`): Trained weights of the base model, by their names.
-            source (`str`): The file they come from.
+            source (`str`): The folder they come from.
+
+        Returns:
+            `list[str]`: Names of modules, each the largest whose weights are all among the tensors.
 
         Raises:
-            ValueError: when a tensor is none of the model's, is shared, or when the rest of its module was not trained.
+            ValueError: when a tensor is none of the model's, is shared, or when the rest of its module was not
+                trained.
         """
-        known = dict(self.model.named_parameters(remove_duplicate=False))
+        self.refuse_unknown_weights(
+            tensors,
+            source,
+            "If the base model was loaded for a task in training, say which: task_type='SEQ_CLS' for a classifier. "
+            "Weights of other methods, LoRA's for example, can't be converted.",
+        )
         for name in tensors:
-            if name not in known:
+            if [self._parameters[name] is other for other in self._parameters.values()].count(True) > 1:
                 raise ValueError(
-                    f"{source}: {name!r} is no weight of a {self.model_class}. If the base model was loaded for a task in training, "
-                    "say which: task_type='SEQ_CLS' for a classifier. Weights of other methods, LoRA's for example, can't be converted."
-                )
-            if [known[name] is other for other in known.values()].count(True) > 1:
-                raise ValueError(
-                    f"{source}: {name!r} is shared with another module of the {self.model_class} (tied embeddings), so PEFT can't "
-                    "save it with one of them. Leave it out, if it was not trained: with_head=False (--no-head)."
+                    f"{source}: {name!r} is shared with another module of the {self.model_class} (tied embeddings), "
+                    "so PEFT can't save it with one of them. Leave it out, if it was not trained: with_head=False "
+                    "(--no-head)."
                 )
         heads: list[str] = []
         for name in tensors:
@@ -98,9 +146,9 @@ class Skeleton:
                 parent = above
             if not parent or not self._covers(parent, tensors):
                 raise ValueError(
-                    f"{source}: {name!r} was trained, and other weights of {parent or self.model_class!r} were not. PEFT saves "
-                    "modules whole, so that can't be converted. Leave it out with with_head=False (--no-head), and load it into the "
-                    "base model yourself."
+                    f"{source}: {name!r} was trained, and other weights of {parent or self.model_class!r} were not. "
+                    "PEFT saves modules whole, so that can't be converted. Leave it out with with_head=False "
+                    "(--no-head), and load it into the base model yourself."
                 )
             heads.append(parent)
         for head in heads:
@@ -115,20 +163,24 @@ class Skeleton:
         return heads
 
     def _names_below(self, module: str, relative: bool = False) -> set[str]:
+        """Names of the parameters below a module: seen from the module, or from the model."""
         below = {name for name, _ in self.model.get_submodule(module).named_parameters(remove_duplicate=False)}
         return below if relative else {f"{module}.{name}" for name in below}
 
     def _covers(self, module: str, tensors: dict[str, Tensor]) -> bool:
+        """Whether the tensors are all parameters of a module."""
         return self._names_below(module) <= tensors.keys()
 
 
-def load_skeleton(base_model: str, task_type: str | None = None, model_class: str | None = None) -> Skeleton:
+def load_base_model(base_model: str, task_type: str | None = None, model_class: str | None = None) -> BaseModel:
     """The base model without its weights.
 
     Args:
         base_model (`str`): Its folder or hub name.
-        task_type (`str`, *optional*): What it is loaded for, `"SEQ_CLS"` for example. None: what it was saved for.
-        model_class (`str`, *optional*): Its class in transformers, where a checkpoint tells.
+        task_type (`str`, *optional*): The task that it is loaded for, `"SEQ_CLS"` for example. None: the class
+            decides.
+        model_class (`str`, *optional*): Its class in transformers, where a checkpoint names one. None: the class that
+            the base model's own config names.
 
     Raises:
         ValueError: when transformers has no such class, naming the task and the model.
@@ -147,12 +199,26 @@ def load_skeleton(base_model: str, task_type: str | None = None, model_class: st
     if kind is None:
         raise ValueError(
             f"transformers has no class for base_model={base_model!r} (model_type={config.model_type!r}) with "
-            f"task_type={task_type!r}: it asks for {name!r}. Say what the model was loaded for in training, for example "
-            "task_type='CAUSAL_LM' or 'SEQ_CLS'."
+            f"task_type={task_type!r}: it asks for {name!r}. Say what the model was loaded for in training, for "
+            "example task_type='CAUSAL_LM' or 'SEQ_CLS'."
         )
     with torch.device("meta"):
         model = kind(config)
-    return Skeleton(base_model, model, task_type or _task_of(kind.__name__))
+    return BaseModel(base_model, model, task_type or _task_of(kind.__name__))
+
+
+def name_of_base(given: str | None, recorded: Any, folder: Path) -> str:
+    """The base model that the user gives, else the one that a checkpoint names.
+
+    Raises:
+        ValueError: when neither does.
+    """
+    name = given or recorded
+    if not name:
+        raise ValueError(
+            f"base_model=None, and {folder} names no base model: give its folder or hub name (--base-model)."
+        )
+    return name
 
 
 def _task_of(class_name: str) -> str | None:

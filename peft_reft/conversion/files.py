@@ -1,4 +1,4 @@
-"""Reads the files of a checkpoint that something else wrote. Tensors and JSON come out, or an error that names the file."""
+"""Reads the files of a checkpoint that another library wrote: tensors and JSON, or an error that names the file."""
 
 from __future__ import annotations
 
@@ -16,31 +16,35 @@ from ..tuner.parameters.loading import read
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of a pickle, on the CPU.
 
-    A pickle is read with torch's `weights_only=True` alone, which runs nothing that a file could bring along.
+    A pickle is read only with torch's `weights_only=True`, which runs no code from the file.
 
     Args:
         path (`Path`): `*.safetensors`, or else a pickle of a dict of tensors by their names.
 
+    Returns:
+        `dict[str, torch.Tensor]`: The tensors by their names, detached, in the dtypes of the file.
+
     Raises:
-        ValueError: when the file holds anything else, naming it and what it holds.
+        ValueError: when the file holds anything else, naming the file and what it holds.
     """
     if path.suffix == ".safetensors":
         return read(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of several kinds, as the damage is
+    except Exception as error:  # torch.load raises several kinds, depending on the damage
         raise ValueError(
-            f"{path} ({os.path.getsize(path):,} bytes) can't be read as tensors alone (torch.load with weights_only=True): "
-            f"{_first_line(error)} It is damaged, or it holds other Python objects, which could run code when they are loaded: "
-            "such files are refused. If you trust who made it, load it yourself and save the dict of its tensors with torch.save."
+            f"{path} ({os.path.getsize(path):,} bytes) can't be read as tensors alone (torch.load with "
+            f"weights_only=True): {_first_line(error)} It is damaged, or it holds other Python objects, which could "
+            "run code when they are loaded: such files are refused. If you trust who made it, load it yourself and "
+            "save the dict of its tensors with torch.save."
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, where a dict of tensors by their names should be.")
     for name, value in content.items():
         if not isinstance(name, str) or type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided:
             raise ValueError(
-                f"{path}: {name!r} is a {type(value).__name__}, and only plain tensors by their names are read. Take it out of "
-                "the file, if the adapter does without."
+                f"{path}: {name!r} is a {type(value).__name__}, and only plain tensors by their names are read. Take "
+                "it out of the file, if the adapter does without."
             )
     return {name: value.detach() for name, value in content.items()}
 
@@ -49,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ValueError: when it is not readable, or not an object, naming the file.
+        ValueError: when the file is not readable, or holds no object, naming the file.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -61,10 +65,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def new_folder(out: str | os.PathLike) -> Path:
-    """A folder to write to.
+    """The path of a folder to write to, which is not made yet.
 
     Raises:
-        ValueError: when there is something in it already.
+        ValueError: when the path is a file, or a folder with something in it.
     """
     path = Path(out)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -73,5 +77,6 @@ def new_folder(out: str | os.PathLike) -> Path:
 
 
 def _first_line(error: Exception) -> str:
+    """The first line of a message as a sentence: torch.load's messages go on with advice that weakens the refusal."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return text if text.endswith(".") else f"{text}."

@@ -1,11 +1,14 @@
-"""What torch saves of a matrix with orthonormal rows or columns, and the matrix itself.
+"""R <-> the two tensors that torch's orthogonal parametrization saves of R.
 
-pyreft and adapters keep R by `torch.nn.utils.parametrizations.orthogonal`. It saves a free parameter X (`original`) and a fixed
-orthogonal matrix B (`base`, [D, D]); the matrix is a function of both:
+pyreft and adapters keep R orthonormal by `torch.nn.utils.parametrizations.orthogonal`. A checkpoint then holds a free
+parameter X (`original`, [D, r]) and a fixed orthogonal matrix B (`base`, [D, D]), and R is a function of both:
 
     D > r:  Q = H_1 ... H_r [:, :r] diag(s),  H_i = I − 2 a_i a_iᵀ / a_iᵀa_i,  Rᵀ = B Q
-            a_i: the i-th column of X below its diagonal, after a 1 on it, 0 above; s: the diagonal of X, as whole numbers
+            a_i: the i-th column of X below the diagonal, with 1 on the diagonal and 0 above it
+            s: the diagonal of X, truncated to whole numbers
     D = r:  Rᵀ = B exp(L − Lᵀ), L the lower triangle of X
+
+The first is torch's map "householder", the second its "matrix_exp": its defaults for these shapes.
 
 Dimensions: R rank, D width.
 """
@@ -17,11 +20,14 @@ from torch import Tensor
 
 
 def basis_of(original_DR: Tensor, base_DD: Tensor) -> Tensor:
-    """R [r, D], of the dtype of the parameter, computed in float64.
+    """R from X and B.
 
     Args:
         original_DR (`torch.Tensor`): X, [D, r] with r <= D.
         base_DD (`torch.Tensor`): B, [D, D].
+
+    Returns:
+        `torch.Tensor`: R, [r, D], computed in float64, in the dtype of X.
     """
     width, rank = original_DR.shape
     dtype, original_DR, base_DD = original_DR.dtype, original_DR.double(), base_DD.double()
@@ -35,9 +41,16 @@ def basis_of(original_DR: Tensor, base_DD: Tensor) -> Tensor:
 
 
 def parameters_of(R_RD: Tensor) -> tuple[Tensor, Tensor]:
-    """X [D, r] and B [D, D] that give R, to the bit, and from which training goes on as it began.
+    """X and B that give R to the bit, and that pyreft can train on from.
 
-    X = −I, for which every reflection negates one axis, or X = 0 where D = r. So the first r columns of B are R's rows.
+    X = −I: each reflection H_i then negates one axis and s negates it back, so that Rᵀ is the first r columns of B.
+    Where D = r, X = 0, so that Rᵀ = B.
+
+    Args:
+        R_RD (`torch.Tensor`): R with orthonormal rows, [r, D].
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: X, [D, r], and B, [D, D], in the dtype of R.
     """
     rank, width = R_RD.shape
     if rank == width:

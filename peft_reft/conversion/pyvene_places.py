@@ -1,8 +1,9 @@
-"""Where pyvene, on which pyreft is built, says an edit lies, and which module that is.
+"""pyvene's names for places in a model <-> names of modules. pyreft is built on pyvene.
 
-pyvene names a place in one of two ways: by a path in the model that ends in `.output` (`model.layers[8].mlp.output`), or, for
-architectures that it knows, by a component of a layer (`block_output` of layer 8). The tables here give the components whose whole
-output an edit can change; inputs of modules, single heads and parts of fused projections are outputs of no module.
+A place is where an intervention edits. pyvene names it in one of two ways: by a path in the model that ends in
+`.output` (`model.layers[8].mlp.output`), or, for architectures that pyvene knows, by a component of a layer
+(`block_output` of layer 8). A PEFT adapter edits outputs of modules, so the tables here have only the components that
+are the whole output of one: no inputs of modules, no single heads, no parts of fused projections.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ _ESM = {
     "value_output": "attention.self.value",
 }
 
-# The list of blocks and the parts of a block, by the class of the base model: those that pyvene 0.1.8 has a table for.
+# Class of the base model -> name of its list of blocks, and pyvene's components -> names of modules in a block. These
+# are the classes that pyvene 0.1.8 has a table for.
 ARCHITECTURES: dict[str, tuple[str, dict[str, str]]] = {
     "GPT2Model": ("h", _GPT2),
     "GPT2LMHeadModel": ("transformer.h", _GPT2),
@@ -58,15 +60,15 @@ _KEY = re.compile(
 
 @dataclass(frozen=True)
 class Place:
-    """Where an intervention of pyvene lies.
+    """The place of one intervention, as pyvene names it.
 
     Args:
         component (`str`): A component of a layer, or a path.
-        layer (`int`, *optional*): The layer of a component.
-        unit (`str`): What is edited: `"pos"`, states at positions.
-        count (`str`): pyvene's number of units, which says nothing for edits of positions.
-        turn (`int`): How many interventions lie there already.
-        squeezed (`bool`): Whether the component's dots have become underscores, as in names of files.
+        layer (`int`, *optional*): The layer of a component. None for a path.
+        unit (`str`): pyvene's unit. Only `"pos"`, states at positions, can be converted.
+        count (`str`): pyvene's number of units. It has no effect on edits at positions.
+        turn (`int`): The number of the intervention among those at the same place, from 0.
+        squeezed (`bool`): Whether the component is a path whose dots have become underscores, as in names of files.
     """
 
     component: str
@@ -78,10 +80,10 @@ class Place:
 
     @classmethod
     def parse(cls, key: str) -> Place:
-        """Read the key of an intervention, which the names of pyreft's files contain.
+        """Read pyvene's key of an intervention, as it stands in the name of a file of pyreft.
 
         Raises:
-            ValueError: for any other text.
+            ValueError: when the text is no such key, naming the file.
         """
         match = _KEY.fullmatch(key)
         if match is None or not (match["layer"] is None or match["layer"].isdigit()):
@@ -91,7 +93,7 @@ class Place:
 
     @property
     def key(self) -> str:
-        """The key of the intervention, as pyvene makes it."""
+        """pyvene's key of the intervention."""
         unit = self.unit.replace(".", "_")
         where = f"comp_{self.component.replace('.', '_')}"
         if "." not in self.component and not self.squeezed:
@@ -99,61 +101,71 @@ class Place:
         return f"{where}_unit_{unit}_nunit_{self.count}#{self.turn}"
 
     def module(self, model_class: str, modules: Iterable[str]) -> str:
-        """The name of the module whose output is edited there.
+        """The name of the module whose output is edited at this place.
 
         Args:
             model_class (`str`): Class of the base model.
             modules (`Iterable[str]`): Names of its modules.
 
         Raises:
-            ValueError: when it is the output of no module of that model, naming the component.
+            ValueError: when the place is not the output of a module of that model, naming the component.
         """
         if self.unit != "pos":
             raise ValueError(
-                f"unit={self.unit!r} of {self.component!r}: only states at positions (unit='pos') can be edited by a PEFT adapter, "
-                "not single heads or time steps."
+                f"unit={self.unit!r} of {self.component!r}: only states at positions (unit='pos') can be edited by a "
+                "PEFT adapter, not single heads or time steps."
             )
         if self.squeezed or "." in self.component:
             return self._module_of_path(model_class, modules)
         if model_class not in ARCHITECTURES:
             raise ValueError(
-                f"component={self.component!r} of layer {self.layer}: which module that is in a {model_class} is not known. Known "
-                f"are {', '.join(ARCHITECTURES)}; for others pyreft takes paths such as 'model.layers[8].output'. If the base model "
-                "was loaded as another class in training, say for which task: task_type='SEQ_CLS'."
+                f"component={self.component!r} of layer {self.layer}: which module that is in a {model_class} is not "
+                f"known. Known are {', '.join(ARCHITECTURES)}; for others pyreft takes paths such as "
+                "'model.layers[8].output'. If the base model was loaded as another class in training, say for which "
+                "task: task_type='SEQ_CLS'."
             )
         blocks, parts = ARCHITECTURES[model_class]
         if self.component not in parts:
             raise ValueError(
-                f"component={self.component!r} of layer {self.layer} is the whole output of no module of a {model_class}, and a "
-                f"PEFT adapter edits outputs of modules. What can be converted: {', '.join(parts)}, and paths that end in "
-                "'.output'. (The block_input of layer n is the block_output of layer n − 1.)"
+                f"component={self.component!r} of layer {self.layer} is the whole output of no module of a "
+                f"{model_class}, and a PEFT adapter edits outputs of modules. What can be converted: "
+                f"{', '.join(parts)}, and paths that end in '.output'. (The block_input of layer n is the "
+                "block_output of layer n − 1.)"
             )
         name = f"{blocks}.{self.layer}.{parts[self.component]}".rstrip(".")
         return _existing(name, f"component={self.component!r} of layer {self.layer}", model_class, modules)
 
     def _module_of_path(self, model_class: str, modules: Iterable[str]) -> str:
+        """The module of a place that is named by a path."""
         dot = "_" if self.squeezed else "."
         path, _, side = self.component.rpartition(dot)
         if side != "output":
             raise ValueError(
-                f"component={self.component!r} is the {side or 'nothing'} of a module, and a PEFT adapter edits outputs of modules: "
-                "only paths that end in '.output' can be converted."
+                f"component={self.component!r} is the {side or 'nothing'} of a module, and a PEFT adapter edits "
+                "outputs of modules: only paths that end in '.output' can be converted."
             )
         if not self.squeezed:
             name = re.sub(r"\[(\d+)\]", r".\1", path)
             return _existing(name, f"component={self.component!r}", model_class, modules)
-        # A name of a file alone: which module's path, with its dots made underscores, is it?
+        # Only the name of a file is known. Underscores in it may be dots, so every module's path is squeezed and
+        # compared.
         fitting = [name for name in modules if name and path in (_squeeze(path_of(name)), _squeeze(name))]
         if len(fitting) != 1:
             raise ValueError(
-                f"intkey_{self.key}.bin: the name fits {' and '.join(map(repr, fitting)) or 'no module'} of a {model_class}. Put "
-                "the config.json that pyreft's `save` writes beside it, which has the path in full."
+                f"intkey_{self.key}.bin: the name fits {' and '.join(map(repr, fitting)) or 'no module'} of a "
+                f"{model_class}. Put the config.json that pyreft's `save` writes beside it, which has the path in "
+                "full."
             )
         return fitting[0]
 
 
 def place_of(module: str, model_class: str) -> Place:
-    """How pyvene says the output of a module: as a component, where it has a table for the class, else as a path."""
+    """The place of a module's output: a component, where pyvene has a table for the class, else a path.
+
+    Args:
+        module (`str`): Name of the module.
+        model_class (`str`): Class of the base model.
+    """
     blocks, parts = ARCHITECTURES.get(model_class, ("", {}))
     match = re.fullmatch(rf"{re.escape(blocks)}\.(\d+)(?:\.(.+))?", module) if blocks else None
     if match is not None:
@@ -164,18 +176,20 @@ def place_of(module: str, model_class: str) -> Place:
 
 
 def path_of(module: str) -> str:
-    """The path of a module as pyvene writes it: `model.layers.8` is `model.layers[8]`."""
+    """The path of a module as pyvene writes it: `model.layers[8]` for `model.layers.8`."""
     return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", module)
 
 
 def _squeeze(path: str) -> str:
+    """A path as pyvene writes it in the name of a file."""
     return path.replace(".", "_")
 
 
 def _existing(name: str, what: str, model_class: str, modules: Iterable[str]) -> str:
+    """The name, if the base model has a module of it."""
     if name not in set(modules):
         raise ValueError(
-            f"{what}: the base model, a {model_class}, has no module {name!r}. Give the base model that the checkpoint was trained "
-            "on (base_model), and its task if it was loaded for one (task_type='SEQ_CLS')."
+            f"{what}: the base model, a {model_class}, has no module {name!r}. Give the base model that the "
+            "checkpoint was trained on (base_model), and its task if it was loaded for one (task_type='SEQ_CLS')."
         )
     return name

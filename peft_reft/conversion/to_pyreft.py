@@ -1,7 +1,8 @@
-"""A PEFT adapter in pyreft's layout, for pyreft to load.
+"""Writes a PEFT adapter in pyreft's layout, so that pyreft can load it.
 
-Beside what `ReftModel.save` writes, args.json says what pyreft does not save (positions, activation function, dropout), under the
-names that pyreft's training script gives them; `convert_pyreft` reads it.
+The folder has the files that `ReftModel.save` writes, and an args.json with the settings that pyreft does not save
+(positions, activation function, dropout), under the names that pyreft's training script gives them. `convert_pyreft`
+reads it.
 
 Dimensions: R rank, D width.
 """
@@ -22,30 +23,28 @@ from torch import Tensor, nn
 from ..tuner.config import ReftConfig
 from ..tuner.interventions.formulas import INTERVENTIONS
 from ..tuner.parameters.loading import NAME_OF_TENSOR, read
-from .base_model import Skeleton, load_skeleton
-from .checkpoint import Conversion, Edit
+from .base_model import BaseModel, load_base_model, name_of_base
+from .checkpoint import PREFIX, Conversion, Weights
 from .files import new_folder
 from .from_pyreft import BASE, FIELDS, ORIGINAL
 from .householder import parameters_of
 from .pyvene_places import Place, place_of
 
 
-PREFIX = "base_model.model."
-
-
 def export_pyreft(folder: str | os.PathLike, out: str | os.PathLike, base_model: str | None = None) -> Conversion:
     """Write a PEFT adapter as a checkpoint of pyreft, with the same logits.
 
     Args:
-        folder (`str` or `os.PathLike`): The adapter.
+        folder (`str` or `os.PathLike`): The adapter's folder.
         out (`str` or `os.PathLike`): A new folder.
         base_model (`str`, *optional*): Folder or hub name of the base model. None: the one that the adapter names.
 
     Returns:
-        `Conversion`: The folder, the adapter's config and what to know when pyreft loads it.
+        `Conversion`: The folder, the adapter's config, and notes on how pyreft loads the folder.
 
     Raises:
-        ValueError: when the adapter has what pyreft lacks, naming the setting. Nothing is written then.
+        ValueError: when the adapter has a setting that pyreft has no counterpart for, naming it, or does not fit the
+            base model. Nothing is written then.
     """
     folder = Path(folder)
     config: PeftConfig = ReftConfig.from_pretrained(str(folder))
@@ -54,35 +53,36 @@ def export_pyreft(folder: str | os.PathLike, out: str | os.PathLike, base_model:
     for name in ("subspaces", "trainable_token_indices"):
         if getattr(config, name) is not None:
             raise ValueError(f"{name}={getattr(config, name)!r} of {folder} has no place in a checkpoint of pyreft.")
-    base_model = base_model or config.base_model_name_or_path
-    if not base_model:
-        raise ValueError(
-            f"base_model=None, and {folder} names no base model: give its folder or hub name (--base-model)."
-        )
-    skeleton = load_skeleton(base_model, None if config.task_type is None else TaskType(config.task_type).value)
-    edits, head = _read(folder, config, skeleton)
+    base_model = name_of_base(base_model, config.base_model_name_or_path, folder)
+    base = load_base_model(base_model, None if config.task_type is None else TaskType(config.task_type).value)
+    edits, head = _read(folder, config, base)
     places, states = [], []
     for group in range(config.groups):
-        for name in (module for module in skeleton.modules if module in edits):
-            place = place_of(name, skeleton.model_class)
+        for name in (module for module in base.modules if module in edits):
+            place = place_of(name, base.model_class)
             places.append(Place(place.component, place.layer, turn=group))
             states.append(state_of(config.intervention, edits[name][group]))
     path = new_folder(out)
     path.mkdir(parents=True, exist_ok=True)
     for place, state in zip(places, states):
         torch.save(state, path / f"intkey_{place.key}.bin")
-    # Written without a head too: pyreft's load_intervention wants it unless told otherwise.
+    # Written without a head too: pyreft's load_intervention reads the file unless include_model=False is passed.
     torch.save({name: nn.Parameter(value) for name, value in head.items()}, path / "pytorch_model.bin")
     _write_json(path / "config.json", _config(config, places, states))
     _write_json(path / "args.json", _arguments(config, base_model))
-    return Conversion(str(path), config, _notes(config, skeleton, places, bool(head)))
+    return Conversion(str(path), config, _notes(config, base, places, bool(head)))
 
 
-def state_of(intervention: str, edit: Edit) -> OrderedDict[str, Tensor]:
-    """The weights of one intervention as pyreft's `state_dict` gives them, float32."""
-    R_RD, W_RD = edit.R_RD.float(), edit.W_RD
+def state_of(intervention: str, own: Weights) -> OrderedDict[str, Tensor]:
+    """The weights of one intervention under the names and in the shapes of pyreft's `state_dict`, float32.
+
+    Args:
+        intervention (`str`): The edit, by its name in ReftConfig.
+        own (`Weights`): Its weights. A missing b becomes 0.
+    """
+    R_RD, W_RD = own.R_RD.float(), own.W_RD
     rank, width = R_RD.shape
-    b_R = torch.zeros(rank) if edit.b_R is None else edit.b_R.float()
+    b_R = torch.zeros(rank) if own.b_R is None else own.b_R.float()
     state: OrderedDict[str, Tensor] = OrderedDict()
     if intervention == "loreft":
         assert W_RD is not None
@@ -101,8 +101,8 @@ def state_of(intervention: str, edit: Edit) -> OrderedDict[str, Tensor]:
     return state
 
 
-def _read(folder: Path, config: ReftConfig, skeleton: Skeleton) -> tuple[dict[str, list[Edit]], dict[str, Tensor]]:
-    """The edits by module, and the trained weights of the base model."""
+def _read(folder: Path, config: ReftConfig, base: BaseModel) -> tuple[dict[str, list[Weights]], dict[str, Tensor]]:
+    """The sets of weights of each edited module, and the trained weights of the base model."""
     parts: dict[str, dict[str, Tensor]] = {}
     head: dict[str, Tensor] = {}
     for name, value in read(folder / SAFETENSORS_WEIGHTS_NAME).items():
@@ -112,23 +112,17 @@ def _read(folder: Path, config: ReftConfig, skeleton: Skeleton) -> tuple[dict[st
             head[plain] = value
         else:
             parts.setdefault(match["module"] or "", {})[match["letter"]] = value
-    known = set(skeleton.modules)
     for module in parts:
-        if module not in known:
-            raise ValueError(
-                f"{folder} edits {module!r}, and base_model={skeleton.name!r}, a {skeleton.model_class}, has no such module. Give the "
-                "base model that the adapter was trained on."
-            )
-    weights = dict(skeleton.model.named_parameters(remove_duplicate=False))
-    for name in head:
-        if name not in weights:
-            raise ValueError(
-                f"{folder}: {name!r} is no weight of a {skeleton.model_class}. pyreft saves the edits and trained weights of the base "
-                "model; those of other methods have no place in its checkpoints."
-            )
+        base.find_module(str(folder), module)
+    base.refuse_unknown_weights(
+        head,
+        str(folder),
+        "pyreft saves the edits and trained weights of the base model; those of other methods have no place in its "
+        "checkpoints.",
+    )
     edits = {
         module: [
-            Edit(
+            Weights(
                 given["R"][group].clone(),
                 given["W"][group].clone() if "W" in given else None,
                 given["b"][group].clone() if "b" in given else None,
@@ -141,6 +135,7 @@ def _read(folder: Path, config: ReftConfig, skeleton: Skeleton) -> tuple[dict[st
 
 
 def _config(config: ReftConfig, places: list[Place], states: list[OrderedDict[str, Tensor]]) -> dict[str, object]:
+    """The contents of pyreft's config.json."""
     shapes = [_rank_and_width(state) for state in states]
     representations = []
     for place, (rank, _) in zip(places, shapes):
@@ -173,6 +168,7 @@ def _rank_and_width(state: OrderedDict[str, Tensor]) -> tuple[int, int]:
 
 
 def _arguments(config: ReftConfig, base_model: str) -> dict[str, object]:
+    """The contents of args.json, by the options of pyreft's training script."""
     return {
         "model": base_model,
         "position": config.positions,
@@ -185,10 +181,11 @@ def _arguments(config: ReftConfig, base_model: str) -> dict[str, object]:
     }
 
 
-def _notes(config: ReftConfig, skeleton: Skeleton, places: list[Place], has_head: bool) -> list[str]:
+def _notes(config: ReftConfig, base: BaseModel, places: list[Place], has_head: bool) -> list[str]:
+    """How pyreft loads the folder: what it has to be given, and where its own `load` falls short."""
     notes = [
-        f"positions={config.positions!r} and act_fn={config.act_fn!r} are not in pyreft's checkpoints. They are in args.json: give "
-        "pyreft's locations and interventions the same."
+        f"positions={config.positions!r} and act_fn={config.act_fn!r} are not in pyreft's checkpoints. They are in "
+        "args.json: give pyreft's locations and interventions the same."
     ]
     kind = f"{config.intervention.title()}Intervention"
     makes = f"{kind}(embed_dim=..., low_rank_dimension=..., dtype=..., act_fn={config.act_fn!r}, add_bias=False)"
@@ -201,7 +198,8 @@ def _notes(config: ReftConfig, skeleton: Skeleton, places: list[Place], has_head
         )
     elif INTERVENTIONS[config.intervention].has_source:
         notes.append(
-            f"pyreft's own `load` makes W and b bfloat16 and leaves act_fn out. For float32, or an activation, {by_hand}."
+            "pyreft's own `load` makes W and b bfloat16 and leaves act_fn out. For float32, or an activation, "
+            f"{by_hand}."
         )
     if not config.add_bias:
         notes.append("add_bias=False: pyreft's W always has a bias. It is written as 0.")

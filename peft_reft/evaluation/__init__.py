@@ -1,6 +1,7 @@
-"""Evaluation on the tasks of the ReFT paper: of a base, and of adapters of any of PEFT's kinds on it, side by side.
+"""Evaluates a base model, and adapters of any PEFT method on it, on the tasks of the ReFT paper, side by side.
 
-The console commands are `peft-reft prepare` and `peft-reft evaluate`. docs/evaluation.md has tasks, data, prompts and scoring.
+The console commands are `peft-reft prepare` and `peft-reft evaluate`. docs/evaluation.md has tasks, data, prompts and
+scoring.
 """
 
 from .data import read_examples

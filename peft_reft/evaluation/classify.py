@@ -1,4 +1,4 @@
-"""Classes that a model with a classifier gives texts."""
+"""The classes that a classifier predicts for texts, in batches of texts of about the same length."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ import torch
 def classify(
     model: Any, tokenizer: Any, texts: Sequence[tuple[str, ...]], batch_size: int, done: Callable[[int], None]
 ) -> tuple[list[float], int]:
-    """The class of each text, or the number that a model with one output gives it.
+    """The class of each text, or, of a model with one output, the predicted number.
 
     Args:
         model (`torch.nn.Module`): A model for sequence classification.
         tokenizer (`transformers.PreTrainedTokenizerBase`): Its tokenizer, with a pad token.
-        texts (`Sequence[tuple[str, ...]]`): One text or a pair for each example.
-        batch_size (`int`): How many at once.
-        done (`Callable[[int], None]`): Called with the number of texts of each batch.
+        texts (`Sequence[tuple[str, ...]]`): For each example one text, or a pair.
+        batch_size (`int`): How many examples at once.
+        done (`Callable[[int], None]`): Called after each batch with its number of examples.
 
     Returns:
-        `tuple[list[float], int]`: The classes in the order of the texts, and how many texts were cut off at the model's length.
+        `tuple[list[float], int]`: Class or number for each example, in their order, and how many examples were cut off
+            because they have more tokens than the model takes.
     """
     model.eval()
     limit = max_length(model, tokenizer)
@@ -41,7 +42,10 @@ def classify(
 
 
 def max_length(model: Any, tokenizer: Any) -> int:
-    """How many tokens a text may have: what the tokenizer says, else the model's positions, of which RoBERTa's padding takes some."""
+    """How many tokens a text may have: the tokenizer's limit or the model's number of positions, whichever is less.
+
+    RoBERTa and its kin count positions from pad_token_id + 1 on, so a text may have that many tokens less.
+    """
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and model.config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer"):
         positions -= model.config.pad_token_id + 1

@@ -29,7 +29,7 @@ Seed = Annotated[int, typer.Option(help="Of what is drawn by chance: the example
 
 
 class Dtype(str, Enum):
-    """What the base is loaded in."""
+    """The dtype that the base is loaded in."""
 
     auto = "auto"
     float32 = "float32"
@@ -56,16 +56,18 @@ def prepare(
 def _completions(
     task: Task, split: str, data_dir: Path | None, hub: str | None, limit: int | None, seed: int
 ) -> Iterator[dict[str, str]]:
+    """Prompt and completion of each row of a task."""
     if not isinstance(task, GenerationTask):
         raise ValueError(
-            f"{task.name} is for a classifier, which is trained on its rows as they are: peft_reft.evaluation.read_examples."
+            f"{task.name} is for a classifier, which is trained on its rows as they are: "
+            "peft_reft.evaluation.read_examples."
         )
     for number, row in enumerate(read_examples(task, split, data_dir, hub, limit, seed), 1):
         completion = task.completion(row)
         if not completion:
             raise ValueError(
-                f"{task.name}, split {split!r}, row {number} has no output to learn from: {row['instruction']!r:.80}. Train on a set "
-                "with worked outputs."
+                f"{task.name}, split {split!r}, row {number} has no output to learn from: {row['instruction']!r:.80}. "
+                "Train on a set with worked outputs."
             )
         yield {"prompt": task.prompt(row), "completion": completion}
 

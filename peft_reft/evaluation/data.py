@@ -1,4 +1,5 @@
-"""Rows of a task, from a folder or from the Hub. What a row holds is the task's own business."""
+"""Reads the rows of a task, from a folder or from the Hub. The task itself (`Task.read`) knows the fields of its
+rows."""
 
 from __future__ import annotations
 
@@ -28,24 +29,27 @@ def read_examples(
 ) -> list[Row]:
     """The rows of a task.
 
-    A folder is searched, and in it the folder of the task's family, for `{name}.{split}` and `{name}/{split}` that end in .json (a
-    list, or JSON lines), .jsonl or .tsv (CoLA and SST-2), and, for training sets and alpaca_eval, for `{name}.json`. `validation` and
-    `dev` are the same split.
+    In a folder, and in the folder of the task's family in it, the files looked for are `{name}.{split}` and
+    `{name}/{split}`, and, for training sets and alpaca_eval, `{name}`. They end in .json (a list, or JSON lines),
+    .jsonl or .tsv (CoLA and SST-2). `validation` and `dev` are the same split.
 
     Args:
         task (`Task`): The task.
-        split (`str`, *optional*): The split. Left out: `"train"` of a training set, else the one that the task is evaluated on.
+        split (`str`, *optional*): The split. None: `"train"` of a training set, else the split that the task is
+            evaluated on.
         data_dir (`Path`, *optional*): The folder.
-        hub (`str`, *optional*): A dataset's name on the Hub, or a folder that `datasets` reads. Without it and without a folder, the
-            official dataset, where there is one.
-        limit (`int`, *optional*): How many rows to take at most.
-        seed (`int`, *optional*): Which: a random sample, in the order of the file, the same for the same seed. None: the first ones.
+        hub (`str`, *optional*): A dataset's name on the Hub, or a folder that `datasets` reads. Without it and without
+            a folder, the official dataset, where there is one.
+        limit (`int`, *optional*): How many rows to take at most. None: all.
+        seed (`int`, *optional*): Seed of the random sample that `limit` takes, which keeps the order of the file.
+            None: the first rows are taken.
 
     Returns:
         `list[dict]`: The rows, as `task.read` makes them.
 
     Raises:
-        ValueError: when there is no such file, naming the places looked at, and when a row lacks a field.
+        ValueError: when there is no such file, naming the paths looked for, when the Hub's dataset can't be loaded, or
+            when a row lacks a field.
     """
     if data_dir is not None and hub is not None:
         raise ValueError("Rows come from a folder or from the Hub. Give one of --data-dir and --hub.")
@@ -78,6 +82,7 @@ def read_examples(
 
 
 def _find(task: Task, split: str, data_dir: Path) -> Path:
+    """The file of a task and split in a folder."""
     if not data_dir.is_dir():
         raise ValueError(f"--data-dir {data_dir} is no folder.")
     stems = [
@@ -85,15 +90,15 @@ def _find(task: Task, split: str, data_dir: Path) -> Path:
     ]
     if task.single_file and split == ("train" if task.training_set else task.default_split):
         stems.append(task.name)
-    places = [
+    paths = [
         folder / f"{stem}.{suffix}"
         for folder in (data_dir, data_dir / task.family)
         for stem in stems
         for suffix in SUFFIXES
     ]
-    for place in places:
-        if place.is_file():
-            return place
+    for path in paths:
+        if path.is_file():
+            return path
     looked = "\n  ".join(
         f"{folder / stem}.{{{','.join(SUFFIXES)}}}" for folder in (data_dir, data_dir / task.family) for stem in stems
     )
@@ -114,7 +119,8 @@ def _read_file(task: Task, path: Path) -> list[Row]:
 
 
 def _read_tsv(task: Task, path: Path) -> list[Row]:
-    """CoLA's four columns (source, label, the author's mark, sentence), and SST-2's sentence and label."""
+    """A table of CoLA, whose columns are source, label, the author's mark and sentence, or of SST-2: sentence,
+    label."""
     columns = {"cola": (4, 3, 1), "sst2": (2, 0, 1)}.get(task.name)
     if columns is None:
         raise ValueError(
@@ -128,19 +134,20 @@ def _read_tsv(task: Task, path: Path) -> list[Row]:
                 continue
             if len(cells) != count or cells[label] not in ("0", "1"):
                 raise ValueError(
-                    f"{path}, line {number}: {task.name} has {count} columns, of which column {label + 1} is a label, 0 or 1. Given: "
-                    f"{cells}"
+                    f"{path}, line {number}: {task.name} has {count} columns, of which column {label + 1} is a label, "
+                    f"0 or 1. Given: {cells}"
                 )
             rows.append({"sentence": cells[text], "label": int(cells[label])})
     return rows
 
 
 def _read_hub(task: Task, split: str, hub: str | None) -> tuple[str, list[Row]]:
+    """The dataset in words, for messages, and its rows."""
     name = hub or task.hub
     if name is None:
         raise ValueError(
-            f"Where are the rows of {task.name}? There is no official dataset of its rows on the Hub. Give --data-dir, a folder of "
-            "LLM-Adapters' files for example, or --hub, the name of a dataset."
+            f"Where are the rows of {task.name}? There is no official dataset of its rows on the Hub. Give "
+            "--data-dir, a folder of LLM-Adapters' files for example, or --hub, the name of a dataset."
         )
     with needs_extra("Reading from the Hub"):
         from datasets import load_dataset
@@ -149,6 +156,6 @@ def _read_hub(task: Task, split: str, hub: str | None) -> tuple[str, list[Row]]:
     where = ", ".join(filter(None, (name, task.configuration, split)))
     try:
         loaded: Any = load_dataset(name, task.configuration, split=split)
-    except Exception as error:  # of many kinds: no network, no such name, no such split
+    except Exception as error:  # `datasets` raises many kinds: for no network, no such name, no such split
         raise ValueError(f"{task.name} can't be read from the Hub ({where}): {error}") from error
     return where, list(loaded)

@@ -1,4 +1,4 @@
-"""The evaluation: tasks times models, from rows to a report. Base and adapters see the same examples."""
+"""Runs every task with every model and puts the results into a report. Base and adapters see the same examples."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..tuner.versions import installed
 from .classify import classify
 from .generate import encode_prompts, generate_answers
 from .models import Adapter, Generators, load_classifier, load_tokenizer, with_head
@@ -32,10 +33,11 @@ class Settings:
         base (`str`): The base's folder or hub name.
         with_base (`bool`): Whether the base by itself is evaluated too.
         batch_size (`int`): How many examples at once.
-        max_new_tokens (`int`, *optional*): How many tokens an answer may have. Left out: what the task allows.
-        dtype (`str`): Of the base: `"auto"` for that of its checkpoint.
-        seed (`int`): Of the intervals that are drawn by chance.
-        outputs (`Path`, *optional*): A folder for the answers to every example.
+        max_new_tokens (`int`, *optional*): How many tokens an answer may have. None: as many as the task allows.
+        dtype (`str`): The dtype that the base is loaded in: `"auto"` for that of its checkpoint, `"float32"`,
+            `"bfloat16"`.
+        seed (`int`): Seed of the bootstrap samples behind confidence intervals.
+        outputs (`Path`, *optional*): A folder for every prompt and its output. None: outputs are not written.
     """
 
     base: str
@@ -53,15 +55,15 @@ def evaluate(
     """Evaluate a base and adapters on it.
 
     Args:
-        settings (`Settings`): How.
+        settings (`Settings`): How to evaluate.
         examples (`Sequence[tuple[Task, list[dict]]]`): The tasks, each with its rows.
-        adapters (`Sequence[Adapter]`): The adapters, of any of PEFT's kinds.
+        adapters (`Sequence[Adapter]`): The adapters, of any PEFT method.
 
     Returns:
-        `dict`: The report, as docs/evaluation.md lists its fields.
+        `dict`: The report, with the fields that docs/evaluation.md lists.
 
     Raises:
-        ValueError: when there is nothing to evaluate, or an adapter does not fit.
+        ValueError: when there is nothing to evaluate, or when an adapter does not fit the base.
     """
     if not adapters and not settings.with_base:
         raise ValueError("There is nothing to evaluate: --no-base, and no --adapter. Give one of them.")
@@ -94,13 +96,15 @@ def evaluate(
 
 
 class _Run:
+    """One evaluation: the results so far, each task with each model."""
+
     def __init__(self, settings: Settings, tokenizer: Any) -> None:
         self.settings, self.tokenizer = settings, tokenizer
         self.results: list[dict[str, Any]] = []
         self.base: dict[str, Any] = {}
 
     def note_base(self, model: Any) -> None:
-        """What the base is like, before an adapter is on it."""
+        """Note size, dtype and device of the base. Called before an adapter is put on it."""
         self.base = {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -108,6 +112,7 @@ class _Run:
         }
 
     def generate(self, task: GenerationTask, rows: list[Row], model: Any, name: str) -> None:
+        """Have a model answer a task's prompts, and score the answers."""
         started = time.perf_counter()
         config = model.generation_config
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -145,6 +150,7 @@ class _Run:
         )  # fmt: skip
 
     def classify(self, task: Glue, rows: list[Row], model: Any, name: str, missing: list[str]) -> None:
+        """Have a classifier predict the classes of a task's rows, and score them. `missing`: untrained weights."""
         started = time.perf_counter()
         if missing:
             self._add(task, name, rows, started, scores={}, note="untrained head", untrained=missing)
@@ -167,6 +173,7 @@ class _Run:
         )  # fmt: skip
 
     def _add(self, task: Task, name: str, rows: list[Row], started: float, **fields: Any) -> None:
+        """Add a result. Fields that are None are left out."""
         seconds = round(time.perf_counter() - started, 2)
         entry = {"task": task.name, "model": name, "examples": len(rows), **fields, "seconds": seconds}
         self.results.append({key: value for key, value in entry.items() if value is not None})
@@ -176,6 +183,7 @@ class _Run:
             write_lines(rows, self.settings.outputs / f"{task.name}.{name}.jsonl")
 
     def report(self, adapters: Sequence[Adapter]) -> dict[str, Any]:
+        """The report: settings, versions, models and results."""
         settings = self.settings
         size = self.base.get("parameters")
         models: dict[str, Any] = {}
@@ -189,8 +197,6 @@ class _Run:
                 "share": adapter.parameters / size if size else None,
                 "bytes": adapter.size,
             }
-        from .. import __version__
-
         return {
             "base": settings.base,
             "dtype": self.base.get("dtype"),
@@ -198,7 +204,7 @@ class _Run:
             "batch_size": settings.batch_size,
             "seed": settings.seed,
             "versions": {
-                "peft_reft": __version__,
+                "peft_reft": installed("peft-reft"),
                 "peft": peft.__version__,
                 "transformers": transformers.__version__,
                 "torch": torch.__version__,
@@ -212,6 +218,7 @@ class _Run:
 
 @contextmanager
 def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, and the function that moves it on."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

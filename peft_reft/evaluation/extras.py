@@ -1,4 +1,4 @@
-"""Libraries that only evaluation needs are imported where they are used, and a missing one is an error that names the extra."""
+"""The error for a missing library of the extra 'eval'. Such libraries are imported only where they are used."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def needs_extra(what: str) -> Iterator[None]:
-    """For imports.
+    """A context for imports of libraries that only the extra 'eval' installs.
 
     Args:
-        what (`str`): What needs them, as the beginning of a sentence.
+        what (`str`): The purpose of the libraries, as the beginning of a sentence: `"Scoring"`.
 
     Raises:
-        ValueError: when one is missing.
+        ValueError: when a library is missing, with the command that installs it.
     """
     try:
         yield

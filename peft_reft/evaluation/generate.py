@@ -1,7 +1,7 @@
-"""Answers to prompts: greedy, in batches of prompts of about the same length, padded on the left.
+"""Greedy answers to prompts, in batches of prompts of about the same length, padded on the left.
 
-This module knows tokens, a model and its tokenizer. Which tokens an adapter edits is the adapter's own business: `generate` tells it the
-prompts.
+This module knows tokens, a model and its tokenizer. An adapter finds the prompt tokens that it edits by itself: it
+sees the arguments of `generate`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from ..tuner.forward.transformers_api import end_ids
 
 
 def plain_generation(model: Any, tokenizer: Any) -> GenerationConfig:
-    """The generation config for greedy decoding: of the model's own only the tokens that end a text are kept.
+    """A generation config for greedy decoding, with the end tokens of the model's own config and of the tokenizer.
 
-    A checkpoint's own config may sample, or penalise repetition, and `generate` fills in from it whatever it is not told.
+    It replaces the model's own config, which may sample or penalise repetition: `generate` takes from the model's
+    config every setting that it is not passed.
     """
     ends = dict.fromkeys((*end_ids(model.generation_config.eos_token_id), *end_ids(tokenizer.eos_token_id)))
     return GenerationConfig(
@@ -33,7 +34,13 @@ def plain_generation(model: Any, tokenizer: Any) -> GenerationConfig:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt of a batch: its place in the list of prompts, its tokens, and how many tokens its answer may have."""
+    """A prompt as tokens.
+
+    Args:
+        index (`int`): Its index in the list of all prompts.
+        ids (`list[int]`): Its tokens.
+        room (`int`): How many tokens its answer may have.
+    """
 
     index: int
     ids: list[int]
@@ -41,13 +48,13 @@ class Prompt:
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, context: int | None) -> list[Prompt]:
-    """The tokens of prompts, as trainers make them: with the special tokens that the tokenizer begins texts with, and no end of text.
+    """Tokenize prompts as trainers do: with the special tokens at the beginning, without an end-of-text token.
 
     Args:
         tokenizer (`transformers.PreTrainedTokenizerBase`): The tokenizer.
         prompts (`Sequence[str]`): The prompts.
-        max_new_tokens (`int`): How many tokens an answer may have. Where the model's context has less room, the answer ends there.
-        context (`int`, *optional*): How many tokens the model can take.
+        max_new_tokens (`int`): How many tokens an answer may have. A prompt that leaves less of the context gets less.
+        context (`int`, *optional*): How many tokens the model can take. None: any number.
 
     Raises:
         ValueError: when a prompt leaves no room for an answer.
@@ -60,17 +67,19 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, 
         room = max_new_tokens if context is None else min(max_new_tokens, context - len(ids))
         if not ids or room < 1:
             raise ValueError(
-                f"Prompt {index + 1} has {len(ids)} tokens, of the {context} that the model can take, and leaves no room for an answer: "
-                f"{text!r:.80}. Leave that example out, or take a model with a longer context."
+                f"Prompt {index + 1} has {len(ids)} tokens, of the {context} that the model can take, and leaves no "
+                f"room for an answer: {text!r:.80}. Leave that example out, or take a model with a longer context."
             )
         encoded.append(Prompt(index, ids, room))
     return encoded
 
 
 def in_batches(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[Prompt]]:
-    """The longest first, so that what does not fit into memory is seen at once, and a batch has little padding.
+    """Batches of prompts, the longest first: a batch that does not fit into memory fails at once, and padding is
+    little.
 
-    Prompts whose answers have different room are not in one batch: an answer does not depend on what it is batched with.
+    A batch has one limit for its answers, so prompts with different room are never together: an answer must not depend
+    on the other prompts of its batch.
     """
     batch: list[Prompt] = []
     for prompt in sorted(prompts, key=lambda prompt: (-len(prompt.ids), prompt.index)):
@@ -91,9 +100,9 @@ def generate_answers(
     Args:
         model (`torch.nn.Module`): A model with a `generate`, whose generation config is that of `plain_generation`.
         tokenizer (`transformers.PreTrainedTokenizerBase`): Its tokenizer, with a pad token.
-        prompts (`Sequence[Prompt]`): What `encode_prompts` made.
+        prompts (`Sequence[Prompt]`): The prompts, from `encode_prompts`.
         batch_size (`int`): How many to answer at once.
-        done (`Callable[[int], None]`): Called with the number of answers of each batch.
+        done (`Callable[[int], None]`): Called after each batch with its number of answers.
     """
     model.eval()
     ends = set(end_ids(model.generation_config.eos_token_id))
@@ -109,7 +118,7 @@ def generate_answers(
             input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=batch[0].room
         )
         for prompt, row in zip(batch, generated[:, width:].tolist()):
-            length = next((place for place, token in enumerate(row) if token in ends), len(row))
+            length = next((index for index, token in enumerate(row) if token in ends), len(row))
             answers[prompt.index] = tokenizer.decode(row[:length], skip_special_tokens=True)
         done(len(batch))
     return [answers[prompt.index] for prompt in prompts]

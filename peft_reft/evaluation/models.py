@@ -1,6 +1,7 @@
-"""The models that are compared: a base, and adapters of any kind on it, one after the other on the same base in memory.
+"""Loads the models that are compared: a base, and adapters of any PEFT method, one after the other on the same base.
 
-This module loads, and takes adapters off again. What is done with a model is not its business.
+This module loads a base, puts adapters on it and takes them off. It knows nothing of tasks, but for the number of
+classes that a classifier needs.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ class Adapter:
     """An adapter to evaluate.
 
     Args:
-        name (`str`): What it is called in the results.
+        name (`str`): Its name in the results.
         path (`str`): Its folder, or its name on the Hub.
-        method (`str`): PEFT's name for its kind.
-        parameters (`int`): The numbers that it has, a head that was trained along with it included.
-        size (`int`): The bytes that they take.
+        method (`str`): PEFT's name for its method, `"LORA"` for example.
+        parameters (`int`): How many parameters it has, including those of a head that was trained with it.
+        size (`int`): The bytes that the parameters take.
         keys (`frozenset[str]`): The names of its tensors.
     """
 
@@ -42,10 +43,13 @@ class Adapter:
 
 
 def read_adapters(given: Sequence[str]) -> list[Adapter]:
-    """Adapters from `NAME=PATH` or `PATH`, which is then called as its last folder is.
+    """Read the adapters that a user names.
+
+    Args:
+        given (`Sequence[str]`): Each `NAME=PATH`, or `PATH`: the name is then that of the last folder.
 
     Raises:
-        ValueError: when there is none at a path, or two have the same name.
+        ValueError: when there is no adapter at a path, or when two have the same name.
     """
     adapters: dict[str, Adapter] = {}
     for text in given:
@@ -54,12 +58,13 @@ def read_adapters(given: Sequence[str]) -> list[Adapter]:
             name, path = Path(text).name, text
         if not name or name == "base" or name in adapters:
             raise ValueError(
-                f"--adapter {text}: the name {name!r} is taken or empty. Name each adapter by itself: --adapter NAME=PATH."
+                f"--adapter {text}: the name {name!r} is taken or empty. Name each adapter by itself: --adapter "
+                "NAME=PATH."
             )
         try:
             method = str(PeftConfig.from_pretrained(path).peft_type.value)
             weights = load_peft_weights(path, device="cpu")
-        except Exception as error:  # of many kinds: no folder, no such name, another version's config
+        except Exception as error:  # PEFT raises many kinds: for no folder, no such name, another version's config
             raise ValueError(f"--adapter {text}: there is no adapter to read at {path}. {error}") from error
         parameters = sum(tensor.numel() for tensor in weights.values())
         size = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
@@ -68,10 +73,10 @@ def read_adapters(given: Sequence[str]) -> list[Adapter]:
 
 
 def load_tokenizer(base: str) -> Any:
-    """The base's tokenizer, padding with the end of text if it has no pad token.
+    """The base's tokenizer. If it has no pad token, it pads with its end-of-text token.
 
     Raises:
-        ValueError: when it has neither.
+        ValueError: when the tokenizer has neither.
     """
     tokenizer = AutoTokenizer.from_pretrained(base)
     if tokenizer.pad_token_id is None:
@@ -82,7 +87,7 @@ def load_tokenizer(base: str) -> Any:
 
 
 class Generators:
-    """A base that generates, in memory once, and adapters on it.
+    """A base that generates, in memory once, and adapters that are put on it in turn.
 
     Args:
         base (`str`): The base's folder or hub name.
@@ -102,13 +107,15 @@ class Generators:
 
     @contextmanager
     def on_base(self, adapter: Adapter) -> Iterator[Any]:
-        """The base with an adapter, which is taken off again. A base that was not left as it was is loaded anew: some adapters
-        change its weights when they are loaded."""
+        """The base with an adapter, which is taken off at the end.
+
+        Some methods change the base's weights when they are loaded. The base is then loaded again.
+        """
         model = PeftModel.from_pretrained(self._model, adapter.path)
         try:
             yield model
         finally:
-            # Kinds that put tokens before the prompt wrap the base, and leave it as it is.
+            # Prompt tuning and its kin have no `unload`: they put tokens before the prompt and don't change the base.
             self._model = model.unload() if hasattr(model.base_model, "unload") else model.get_base_model()
             del model
             if fingerprint(self._model) != self._fingerprint:
@@ -125,8 +132,8 @@ def load_classifier(base: str, tokenizer: Any, task: Glue, dtype: str) -> tuple[
     """A base with a classifier for a task.
 
     Returns:
-        `tuple[torch.nn.Module, list[str]]`: The model, and the names of weights that its checkpoint does not have: a classifier that
-        was never trained.
+        `tuple[torch.nn.Module, list[str]]`: The model, and the names of weights that its checkpoint does not
+            have: those of a classifier that was never trained.
     """
     model, info = AutoModelForSequenceClassification.from_pretrained(
         base, dtype=dtype, num_labels=task.labels, device_map=_device_map(), output_loading_info=True
@@ -137,7 +144,17 @@ def load_classifier(base: str, tokenizer: Any, task: Glue, dtype: str) -> tuple[
 
 
 def with_head(model: Any, missing: list[str], adapter: Adapter, task: Glue) -> tuple[Any, list[str]]:
-    """An adapter on a classifier of its own, for a head comes with the adapter, and which weights are missing still.
+    """Put an adapter on a classifier that no other adapter uses: the adapter may bring a head of its own.
+
+    Args:
+        model (`torch.nn.Module`): The classifier.
+        missing (`list[str]`): Names of the weights that the base's checkpoint does not have.
+        adapter (`Adapter`): The adapter.
+        task (`Glue`): The task, for its number of classes.
+
+    Returns:
+        `tuple[torch.nn.Module, list[str]]`: The adapted model, and the missing weights that the adapter does not
+            bring.
 
     Raises:
         ValueError: when the adapter does not fit the base and the task's number of classes.
@@ -152,7 +169,7 @@ def with_head(model: Any, missing: list[str], adapter: Adapter, task: Glue) -> t
 
 
 def fingerprint(model: torch.nn.Module) -> dict[str, tuple[Any, ...]]:
-    """Names, types and sums of all weights, by which a changed model is known."""
+    """Name to dtype, shape and sums of every weight: differs if a weight was changed, added or removed."""
     with torch.no_grad():
         return {
             name: (tensor.dtype, tensor.shape, float(tensor.double().sum()), float(tensor.double().abs().sum()))
@@ -162,5 +179,5 @@ def fingerprint(model: torch.nn.Module) -> dict[str, tuple[Any, ...]]:
 
 
 def _device_map() -> str | None:
-    """Onto a GPU, or several, where there are any."""
+    """transformers' `device_map`: over the accelerators, where there are any. None: the CPU."""
     return "auto" if torch.accelerator.is_available() else None

@@ -1,4 +1,4 @@
-"""Results as a table, as JSON and as files of outputs. Numbers are made elsewhere."""
+"""Prints results as a table, and writes them as JSON and outputs as JSON lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ BASE = "base"
 
 
 def means(results: list[dict[str, Any]]) -> dict[str, float]:
-    """For each model the mean of its tasks' first metric, as the paper's tables have it. Left out where a task has no score."""
+    """Model to the mean of its tasks' first metrics, as in the paper's tables. A model without a score on some task,
+    or with only one task, is left out."""
     scores: dict[str, list[float | None]] = {}
     for result in results:
         first = next(iter(result["scores"].values()), None)
@@ -29,7 +30,7 @@ def means(results: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def table(report: dict[str, Any]) -> Table:
-    """Tasks down, models across: a score in percent and its interval, and below it what explains it."""
+    """A row for each task and a column for each model: score in percent, its interval, and notes on the result."""
     models = list(report["models"])
     shown = Table(title=f"{report['base']}: score in percent, and its 95 % interval")
     shown.add_column("task")
@@ -55,7 +56,7 @@ def table(report: dict[str, Any]) -> Table:
 
 
 def print_table(report: dict[str, Any]) -> None:
-    """To standard output, which has room for all columns where it is a file."""
+    """Print the table to standard output. If that is a file, the table is as wide as its columns need."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(100, 32 + 30 * len(report["models"])))
@@ -63,13 +64,13 @@ def print_table(report: dict[str, Any]) -> None:
 
 
 def write_json(report: Any, path: Path) -> None:
-    """A report, or any other JSON."""
+    """Write a report, or anything else that JSON can hold."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_lines(rows: Iterable[dict[str, Any]], path: Path) -> int:
-    """JSON lines. Returns how many."""
+    """Write JSON lines, and return how many."""
     path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
     with path.open("w", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Metrics, each with a confidence interval. This module knows arrays of numbers, and leaves what they mean to the tasks."""
+"""Metrics, each with a confidence interval. This module knows arrays of numbers, and nothing of tasks or models."""
 
 from __future__ import annotations
 
@@ -16,19 +16,27 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Score:
-    """A metric, and the interval that holds its true value in 95 of 100 such samples. Both are None where too few examples leave
-    it undefined."""
+    """A metric and its 95 % confidence interval.
+
+    Args:
+        value (`float`, *optional*): The metric, from 0 to 1, or from -1 to 1 for correlations. None: undefined.
+        low, high (`float`, *optional*): The interval. None: undefined, for too few examples or constant predictions.
+    """
 
     value: float | None
     low: float | None
     high: float | None
 
     def as_dict(self) -> dict[str, float | None]:
+        """The fields, for JSON."""
         return asdict(self)
 
 
 def accuracy(correct: Sequence[bool]) -> Score:
-    """The share of right answers, with Wilson's interval, which holds for few examples and near 0 and 1 too.
+    """The share of correct answers, with Wilson's interval, which is good for few examples and near 0 and 1 too.
+
+    Args:
+        correct (`Sequence[bool]`): For each example, whether its answer is correct.
 
     Raises:
         ValueError: when there is no answer, or scipy is missing.
@@ -43,15 +51,15 @@ def accuracy(correct: Sequence[bool]) -> Score:
 
 
 def score(metric: str, predicted: Sequence[float], labels: Sequence[float], seed: int = 42) -> Score:
-    """GLUE's metrics: `accuracy`, `f1`, `matthews`, `pearson`, `spearman`.
+    """A metric of GLUE, with its interval.
 
-    Accuracy has Wilson's interval, the others that of a bootstrap: the percentiles of the metric over a thousand samples of the
-    examples, drawn with replacement.
+    Accuracy has Wilson's interval. The others have a bootstrap interval: the percentiles of the metric over 1,000
+    samples of the examples, drawn with replacement.
 
     Args:
-        metric (`str`): Its name.
-        predicted, labels (`Sequence[float]`): For each example.
-        seed (`int`): Of the samples.
+        metric (`str`): `"accuracy"`, `"f1"`, `"matthews"`, `"pearson"` or `"spearman"`.
+        predicted, labels (`Sequence[float]`): Predicted and true class or number of each example.
+        seed (`int`): Seed of the bootstrap samples.
 
     Raises:
         ValueError: when the metric is unknown, lengths differ, there is no example, or a library is missing.
@@ -64,7 +72,7 @@ def score(metric: str, predicted: Sequence[float], labels: Sequence[float], seed
     import numpy as np
     from scipy.stats import bootstrap
 
-    with warnings.catch_warnings():  # what is undefined is None below
+    with warnings.catch_warnings():  # of undefined metrics, which are None in the result
         warnings.simplefilter("ignore")
         value = function(predicted, labels)
         if len(labels) < 2 or not math.isfinite(value):

@@ -1,8 +1,8 @@
-"""The tasks of the ReFT paper: what a row of each holds, its prompt, its answer, and when an output is right.
+"""The tasks of the ReFT paper: the fields of their rows, their prompts and answers, and how an output is judged.
 
-Training data and evaluation are made by the same functions, so that their prompts are the same by construction. Prompts and scoring are
-those of the paper's set-up (pyreft's examples/loreft), which follows LLM-Adapters' data and evaluation. This module knows rows and
-text, and leaves files to data.py, models to generate.py and classify.py, and statistics to scores.py.
+The same functions make the prompts of training data and of evaluation, so these can't differ. Prompts and scoring are
+those of the paper's set-up (pyreft's examples/loreft), which follows LLM-Adapters' data and evaluation. This module
+knows rows and text. data.py knows files, generate.py and classify.py know models, scores.py knows statistics.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Task:
 
     Args:
         name (`str`): Its name, as LLM-Adapters or GLUE spells it.
-        training_set (`bool`): Whether it is there to train on, and is not evaluated.
-        hub (`str`, *optional*): The dataset on the Hub that is the official one.
-        configuration (`str`, *optional*): Its configuration there.
+        training_set (`bool`): Whether it is only trained on, and never evaluated.
+        hub (`str`, *optional*): The official dataset on the Hub. None: there is none.
+        configuration (`str`, *optional*): The configuration of that dataset.
     """
 
     name: str
@@ -48,14 +48,18 @@ class Task:
 
         Raises:
             KeyError: when a field is missing, with its name.
-            ValueError: when a field holds what the task has no place for.
+            ValueError: when the value of a field is not one that the task allows.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class GenerationTask(Task):
-    """A task that a model answers in text. `max_new_tokens` is what the paper's set-up allows an answer."""
+    """A task that a model answers in text.
+
+    Args:
+        max_new_tokens (`int`): How many tokens the paper's set-up allows an answer.
+    """
 
     max_new_tokens: int = 512
     scored: ClassVar[bool] = True
@@ -65,29 +69,35 @@ class GenerationTask(Task):
         return {**row, "output": str(raw.get("output") or ""), "answer": str(raw["answer"]).strip()}
 
     def prompt(self, row: Row) -> str:
-        """What the model is given: Alpaca's words, with or without an input."""
+        """The prompt of a row: Alpaca's, with or without an input."""
         return alpaca_prompt(row["instruction"], row["input"])
 
     def completion(self, row: Row) -> str:
-        """What the model learns to write.
+        """The completion that the model is trained on.
 
-        It is stripped at the left: the prompt ends in a line end already, and with a second one many tokenizers would make both
-        one token, so that the prompt of training would not be that of generating.
+        White space at its start is removed: the prompt ends in a line end, and many tokenizers merge two line ends
+        into one token, so that the prompt's last token would not be the same in training and in generation.
         """
         return row["output"].lstrip()
 
     def extract(self, output: str, answer: str) -> str | None:
-        """The answer in an output, in the form of the right one. None: there is none."""
+        """The answer in an output, in the form of the right answer. None: the output has no answer.
+
+        Args:
+            output (`str`): The text that the model generated.
+            answer (`str`): The right answer.
+        """
         raise NotImplementedError
 
     def is_correct(self, extracted: str | None, answer: str) -> bool:
-        """Whether what was extracted is the right answer."""
+        """Whether an extracted answer is the right one."""
         return extracted == answer
 
 
 @dataclass(frozen=True)
 class Commonsense(GenerationTask):
-    """`"{instruction}\\n"` -> `"the correct answer is {answer}"`: what follows those words is compared with the answer, letter by letter."""
+    """Prompt `"{instruction}\\n"`, completion `"the correct answer is {answer}"`. The text after those words must
+    equal the answer exactly."""
 
     max_new_tokens: int = 32
     family: ClassVar[str] = "commonsense"
@@ -105,12 +115,14 @@ class Commonsense(GenerationTask):
 
 @dataclass(frozen=True)
 class Arithmetic(GenerationTask):
-    """Worked problems. The last number of an output counts, or, where the answer is a letter, its first letter from A to E.
+    """Word problems with worked solutions. The answer in an output is its last number, or, where the right answer is a
+    letter, its first letter from A to E.
 
-    Rows of GSM8K as its authors give them, with a `question` and an answer that ends in `#### n`, become rows like the others: the
-    calculator's marks `<<...>>` are taken out, and the last line becomes "The answer is n.", with which the outputs of LLM-Adapters'
-    training sets end. pyreft trains on GSM8K alone with another prompt, keeps the marks and writes "The final answer is: n"; among
-    the arithmetic tasks it has LLM-Adapters' rows and Alpaca's prompt, as here.
+    Rows of GSM8K as its authors publish them, with a `question` and an answer that ends in `#### n`, become rows like
+    the others: the calculator's marks `<<...>>` are removed, and the last line becomes "The answer is n.", as in the
+    outputs of LLM-Adapters' training sets. pyreft's own training on GSM8K differs: it has another prompt, keeps the
+    marks and writes "The final answer is: n". For the arithmetic tasks pyreft has LLM-Adapters' rows and Alpaca's
+    prompt, as here.
     """
 
     family: ClassVar[str] = "arithmetic"
@@ -146,7 +158,7 @@ class Arithmetic(GenerationTask):
 
 @dataclass(frozen=True)
 class Instruct(GenerationTask):
-    """Instructions of all kinds. Outputs are judged elsewhere, by `alpaca_eval` for example."""
+    """Instructions of all kinds. Outputs are not scored here; `alpaca_eval` can judge them."""
 
     max_new_tokens: int = 2048
     family: ClassVar[str] = "instruct"
@@ -170,8 +182,8 @@ class Glue(Task):
 
     Args:
         inputs (`tuple[str, ...]`): The fields of a row that hold its text, one or two.
-        labels (`int`): The number of classes, 1 for a number to be predicted.
-        metrics (`tuple[str, ...]`): GLUE's metrics for it, by their names in scores.py.
+        labels (`int`): The number of classes. 1: the label is a number (regression).
+        metrics (`tuple[str, ...]`): GLUE's metrics for the task, by their names in scores.py.
     """
 
     inputs: tuple[str, ...] = ("sentence1", "sentence2")
@@ -187,8 +199,8 @@ class Glue(Task):
             return {**texts, "label": float(label)}
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < self.labels:
             raise ValueError(
-                f"label={label!r} is not a class of {self.name}, which are 0 to {self.labels - 1}. GLUE keeps the labels of its "
-                "test sets to itself (-1); evaluate on validation"
+                f"label={label!r} is not a class of {self.name}, which are 0 to {self.labels - 1}. GLUE keeps the "
+                "labels of its test sets to itself (-1); evaluate on validation"
             )
         return {**texts, "label": label}
 
@@ -226,14 +238,14 @@ TASKS: dict[str, Task] = {
 
 
 def find_tasks(names: Sequence[str], training_sets: bool = True) -> list[Task]:
-    """The tasks of these names, in whatever case. A family's name stands for those of its tasks that are evaluated.
+    """The tasks of these names, in upper or lower case. A family's name stands for its tasks that are evaluated.
 
     Args:
         names (`Sequence[str]`): Names of tasks and families.
-        training_sets (`bool`): Whether sets to train on may be among them.
+        training_sets (`bool`): Whether the names of sets to train on are allowed.
 
     Raises:
-        ValueError: when there is no task of a name, or it is a set to train on.
+        ValueError: when there is no task of a name, or when it is a set to train on and these are not allowed.
     """
     found: dict[str, Task] = {}
     by_name = {name.lower(): task for name, task in TASKS.items()}
@@ -254,7 +266,7 @@ def find_tasks(names: Sequence[str], training_sets: bool = True) -> list[Task]:
 
 
 def describe_tasks() -> str:
-    """All names, by family."""
+    """A sentence with the names of all tasks, by family."""
     families: dict[str, list[str]] = {}
     for task in TASKS.values():
         families.setdefault(task.family, []).append(task.name)
@@ -262,6 +274,7 @@ def describe_tasks() -> str:
 
 
 def _number(text: str) -> float | None:
+    """The number that a text is, thousands separators allowed. None: it is none."""
     try:
         return float(text.replace(",", ""))
     except ValueError:

@@ -1,4 +1,4 @@
-"""A data collator that says where the prompts are, for trainers that keep labels to themselves."""
+"""A data collator that tells the model where prompts end, for trainers that don't pass it labels."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from ..tuner.positions.prompts import IGNORED_LABEL, by_labels, total_within
 class PromptLengthsCollator:
     """Wraps a data collator, and adds `prompt_lengths` to each of its batches.
 
-    Trainers that learn from preferences pass the model no labels, but pass on every key of a batch that they do not know
-    themselves, TRL's DPOTrainer and KTOTrainer among them. `prompt_lengths` [B] (int64), the number of tokens before the first
-    answer, is found from `completion_mask` or else `labels`, both [B, S]. Packed rows give one length for each sequence.
+    Trainers that learn from preferences, TRL's DPOTrainer and KTOTrainer among them, pass the model no labels, but
+    pass on every key of a batch that they do not know themselves. `prompt_lengths` [B] (int64), the number of tokens
+    before the first answer, comes from `completion_mask` or else `labels`, both [B, S]. Packed rows give one length
+    for each sequence.
 
     Args:
-        collator (`Callable`): The collator to wrap. Its attributes are this one's too.
+        collator (`Callable`): The collator to wrap. Its attributes can be read from the wrapper.
 
     Example:
 
@@ -41,20 +42,23 @@ class PromptLengthsCollator:
         return batch
 
     def __getattr__(self, name: str) -> Any:
-        if name == "collator":  # not there yet while the object is being unpickled
+        if name == "collator":  # unpickling asks for attributes before this one is set
             raise AttributeError(name)
         return getattr(self.collator, name)
 
 
 def prompt_lengths(batch: Mapping[str, Any]) -> Tensor:
-    """The number of prompt tokens of each sequence of a batch: int64, [B], or [Q] for packed rows.
+    """The number of prompt tokens of each sequence of a batch.
 
     Args:
         batch (`Mapping`): `completion_mask` or `labels`, both [B, S], and, where it has them, `attention_mask`,
             `position_ids` and `cu_seq_lens_q`. A sequence without an answer is all prompt.
 
+    Returns:
+        `torch.Tensor`: int64, [B], or [N] for packed rows that hold N sequences, in their order.
+
     Raises:
-        ValueError: when the batch has neither.
+        ValueError: when the batch has neither `completion_mask` nor `labels`.
     """
     if "completion_mask" in batch:
         labels = torch.where(batch["completion_mask"].bool(), 0, IGNORED_LABEL)
@@ -62,9 +66,9 @@ def prompt_lengths(batch: Mapping[str, Any]) -> Tensor:
         labels = batch["labels"]
     else:
         raise ValueError(
-            f"The batch has keys {sorted(batch)}, and neither completion_mask [batch, tokens] nor labels [batch, tokens], from "
-            "which PromptLengthsCollator finds the prompts. Add prompt_lengths [batch] in your own collator, or set "
-            "response_template in ReftConfig, the text that answers begin after."
+            f"The batch has keys {sorted(batch)}, and neither completion_mask [batch, tokens] nor labels [batch, "
+            "tokens], from which PromptLengthsCollator finds the prompts. Add prompt_lengths [batch] in your own "
+            "collator, or set response_template in ReftConfig, the text that answers begin after."
         )
     tokens = Batch.from_inputs({**batch, "labels": labels})
     assert tokens is not None

@@ -1,4 +1,4 @@
-"""Seeing which tokens are edited: `explain_positions`, for a batch before or after training."""
+"""`explain_positions`: shows which tokens of a batch an adapter edits, before or after training."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from ..tuner.positions.spec import Rules
 
 
 STYLES = {"F": "bold green", "L": "bold magenta", "prompt": "", "answer": "dim"}
+# What the heading of a sequence says, by `ExplainedSequence.source`.
 SOURCES = {
     "all tokens": "all of it is prompt, for nothing says otherwise",
     "intervention_mask": "the tokens are told by intervention_mask",
 }
+# The arguments of a forward that tokens are selected by. The rest of a batch is not looked at.
 READ = (
     "input_ids",
     "attention_mask",
@@ -38,19 +40,19 @@ LEGEND = "F[ ] first token  L[ ] last token  » an answer begins  « a prompt be
 
 @dataclass(frozen=True)
 class ExplainedSequence:
-    """One sequence of a batch, and what is edited in it.
+    """One sequence of a batch and its edited tokens.
 
     Args:
         row (`int`): Its row in the batch.
         begin (`int`): The column of its first token.
         ids (`list[int]`): Its tokens, padding left out.
         tokens (`list[str]`): Their texts.
-        first, last (`list[int]`): Places in `ids` that are edited as first and as last tokens. Of `positions="all"`, all are
-            in `first`.
-        prompt (`list[int]`): Places in `ids` that belong to a prompt.
-        trained (`list[int]`): Places in `ids` that have a label.
-        source (`str`): What said where the prompt is: `"labels"`, `"response_template"`, `"prompt_lengths"`,
-            `"intervention_mask"`, or `"all tokens"`.
+        first, last (`list[int]`): Indices into `ids` of the tokens that are edited as first and as last tokens. With
+            `positions="all"`, all are in `first`.
+        prompt (`list[int]`): Indices into `ids` of the tokens that belong to a prompt.
+        trained (`list[int]`): Indices into `ids` of the tokens that have a label.
+        source (`str`): Where the prompt was read from: `"labels"`, `"response_template"`, `"prompt_lengths"`,
+            `"intervention_mask"`, or `"all tokens"` where nothing marks it.
     """
 
     row: int
@@ -65,27 +67,28 @@ class ExplainedSequence:
 
     @property
     def warnings(self) -> list[str]:
-        """What looks wrong."""
+        """Sentences about edits that are probably not what the user wants."""
         found = []
         if not self.first and not self.last:
             found.append("no token is edited")
-        # Where prompts are masked, a token that is learnt belongs to an answer.
+        # A label on the very first token means that prompts are trained too. Else every token with a label is an
+        # answer's.
         if 0 not in self.trained and (answers := sorted({*self.first, *self.last} & {*self.trained})):
             found.append(f"edited tokens are part of an answer, which generation would not edit: {answers}")
         return found
 
     def __rich__(self) -> Text:
-        """Tokens as F[...] and L[...] where they are edited, and bars where an answer begins and ends."""
+        """The text that `explain_positions` prints: edited tokens as F[...] and L[...], » and « around answers."""
         text = Text(f"row {self.row}, tokens {self.begin} to {self.begin + len(self.ids) - 1}; ", style="bold")
         text.append(SOURCES.get(self.source, f"the prompt is told by {self.source}") + "\n  ", style="not bold")
         was_prompt = True
-        for place, token in enumerate(self.tokens):
-            is_prompt = place in self.prompt or self.source == "intervention_mask"
+        for index, token in enumerate(self.tokens):
+            is_prompt = index in self.prompt or self.source == "intervention_mask"
             if is_prompt != was_prompt:
                 text.append("«" if is_prompt else "»", style="bold yellow")
             was_prompt = is_prompt
             shown = token.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t")
-            mark = "F" if place in self.first else "L" if place in self.last else None
+            mark = "F" if index in self.first else "L" if index in self.last else None
             style = "prompt" if is_prompt else "answer"
             text.append(f"{mark}[{shown}]" if mark else shown, style=STYLES[mark or style])
         for warning in self.warnings:
@@ -104,19 +107,21 @@ def explain_positions(
     """Print each sequence of a batch with its edited tokens marked, and return the same as data.
 
     Args:
-        model_or_config (`torch.nn.Module` or `ReftConfig`): A model with a ReFT adapter, whose active one is taken, or the
-            config of one that is still to be made.
+        model_or_config (`torch.nn.Module` or `ReftConfig`): A model, whose active ReFT adapter is explained, or the
+            config of an adapter that is still to be made.
         tokenizer (`transformers.PreTrainedTokenizerBase`): The tokenizer that made the batch.
-        batch (`Mapping`): What the model would be given: `input_ids` [B, S], and what else there is of `attention_mask`,
-            `labels`, `position_ids`, `prompt_lengths`, ... as tensors or lists.
-        file (`TextIO`, *optional*): Where to print. Coloured where it is a terminal. None: standard output.
-        quiet (`bool`): Whether not to print.
+        batch (`Mapping`): The arguments of the model's forward, as tensors or lists: `input_ids` [B, S], and, where
+            the batch has them, `attention_mask`, `position_ids`, `labels` and `intervention_mask` [B, S],
+            `prompt_lengths` [B] and `cu_seq_lens_q`.
+        file (`TextIO`, *optional*): The file to print to, in colour if it is a terminal. None: standard output.
+        quiet (`bool`): Whether to print nothing.
 
     Returns:
         `list[ExplainedSequence]`: The sequences, in the order of the batch, packed rows split.
 
     Raises:
-        ValueError: when the batch does not say where its prompts are, as training would.
+        ValueError: when the batch has no `input_ids`, when the model has no active ReFT adapter, or as a
+            forward would: when labels, lengths or masks do not fit the batch, or leave it no prompt.
     """
     config, rules = _config_and_rules(model_or_config, tokenizer)
     tensors = {
@@ -142,6 +147,7 @@ def explain_positions(
 
 
 def _config_and_rules(model_or_config: Any, tokenizer: Any) -> tuple[ReftConfig, Rules]:
+    """The config of the adapter that is explained, and the rules by which it selects tokens."""
     if isinstance(model_or_config, ReftConfig):
         config = model_or_config
         rules = config.rules(lambda: tokenizer, tokenizer.eos_token_id, can_generate=True)
@@ -156,11 +162,12 @@ def _config_and_rules(model_or_config: Any, tokenizer: Any) -> tuple[ReftConfig,
             )
         config = next(layer.reft_config[active[0]] for layer in layers if active[0] in layer.reft_config)
         rules, encodes = context.rules[active[0]], context.has_encoder
-    # Of an encoder-decoder model, what is shown is what the encoder is given.
+    # Of an encoder-decoder model the encoder's tokens are shown, and `labels` are the decoder's.
     return config, replace(rules, reads_labels=False) if encodes else rules
 
 
 def _explain(rules: Rules, batch: Batch, tokenizer: Any) -> list[ExplainedSequence]:
+    """The sequences of a batch. Dimensions: B rows of the batch, S tokens of a row."""
     sequences = batch.sequences
     if rules.spec.all_tokens:
         first_BS, last_BS = sequences.real_BS, torch.zeros_like(sequences.real_BS)
@@ -171,13 +178,14 @@ def _explain(rules: Rules, batch: Batch, tokenizer: Any) -> list[ExplainedSequen
         prompt_BS = sequences.real_BS if selected.prompt_BS is None else selected.prompt_BS
     trained_BS = torch.zeros_like(prompt_BS) if batch.labels is None else batch.labels != IGNORED_LABEL
     explained = []
+    # The number of each token's sequence in its row, from 1.
     number_BS = (sequences.start_BS & sequences.real_BS).cumsum(dim=1)
     assert batch.input_ids is not None
     for row in range(batch.shape[0]):
         for number in range(1, int(number_BS[row].max()) + 1):
             columns = (sequences.real_BS[row] & (number_BS[row] == number)).nonzero().flatten()
 
-            def places(mask_BS: Tensor, row: int = row, columns: Tensor = columns) -> list[int]:
+            def indices(mask_BS: Tensor, row: int = row, columns: Tensor = columns) -> list[int]:
                 return mask_BS[row, columns].nonzero().flatten().tolist()
 
             ids = batch.input_ids[row, columns].tolist()
@@ -187,10 +195,10 @@ def _explain(rules: Rules, batch: Batch, tokenizer: Any) -> list[ExplainedSequen
                     begin=int(columns[0]),
                     ids=ids,
                     tokens=[tokenizer.decode([index]) if index >= 0 else f"<{index}>" for index in ids],
-                    first=places(first_BS),
-                    last=places(last_BS),
-                    prompt=places(prompt_BS),
-                    trained=places(trained_BS),
+                    first=indices(first_BS),
+                    last=indices(last_BS),
+                    prompt=indices(prompt_BS),
+                    trained=indices(trained_BS),
                     source=source,
                 )
             )

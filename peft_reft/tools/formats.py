@@ -1,7 +1,7 @@
-"""Rows of a dataset file as tokens with labels, by a template: for looking at positions before any trainer is set up.
+"""Rows of a dataset file as tokens with labels, by a template: to look at positions before a trainer is set up.
 
-This is a reading of the common formats, close to what trainers make of them. What a trainer really makes is seen from the
-trainer: `explain_positions` takes its batches, and the axolotl plugin logs one under `--debug`.
+The rows are read much as trainers read the common formats. To see a trainer's own tokens, pass one of its batches to
+`explain_positions`; the axolotl plugin logs one under `--debug`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from ..tuner.positions.prompts import IGNORED_LABEL
 
 
 ALPACA = (
-    "Below is an instruction that describes a task{with_input}. Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n{instruction}\n\n{input_part}### Response:\n"
+    "Below is an instruction that describes a task{with_input}. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\n{instruction}\n\n{input_part}### Response:\n"
 )
 TEMPLATES = {
     "chat": "`messages` (or `conversations`), by the tokenizer's chat template; the assistant's turns are answers",
@@ -29,8 +29,12 @@ TEMPLATES = {
 def read_rows(path: Path, limit: int) -> Iterator[dict[str, Any]]:
     """The first rows of a file: JSON lines, or one JSON list.
 
+    Args:
+        path (`Path`): The file.
+        limit (`int`): How many rows to read at most.
+
     Raises:
-        ValueError: when the file holds neither, naming the line.
+        ValueError: when a line is not JSON, naming the file and the line.
     """
     with path.open(encoding="utf-8") as file:
         if file.read(1) == "[":
@@ -68,10 +72,10 @@ def encode_row(row: dict[str, Any], template: str, tokenizer: Any) -> dict[str, 
         tokenizer (`transformers.PreTrainedTokenizerBase`): The tokenizer.
 
     Returns:
-        `dict`: `input_ids` and, but for a text without an answer, `labels` with -100 at the prompt.
+        `dict`: `input_ids`, and `labels` with -100 at the prompt, except for the template "text", which has no answer.
 
     Raises:
-        ValueError: when the row lacks a field that the template names.
+        ValueError: when the row lacks a field that the template names, or when the template is unknown.
     """
     try:
         if template == "chat":
@@ -91,8 +95,8 @@ def encode_row(row: dict[str, Any], template: str, tokenizer: Any) -> dict[str, 
             f"--template {template} reads the field {error}, which the row does not have. It has: {', '.join(row)}."
         ) from error
     raise ValueError(
-        f"--template {template} is unknown. Use one of {', '.join(TEMPLATES)}, or a text of your own with fields in braces "
-        "and |> where the answer begins: 'Q: {question} A:|> {answer}'."
+        f"--template {template} is unknown. Use one of {', '.join(TEMPLATES)}, or a text of your own with fields in "
+        "braces and |> where the answer begins: 'Q: {question} A:|> {answer}'."
     )
 
 
@@ -106,7 +110,7 @@ def pad_rows(rows: list[dict[str, list[int]]]) -> dict[str, list[list[int]]]:
 
 
 def _encode_answer(prompt: str, answer: str, tokenizer: Any) -> dict[str, list[int]]:
-    """Prompt and answer are cut into tokens apart, as trainers do."""
+    """Tokens of a prompt and an answer, tokenized separately, as trainers do."""
     prompt_ids = tokenizer(prompt)["input_ids"]
     if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id:
         prompt_ids = prompt_ids[:-1]
@@ -115,7 +119,8 @@ def _encode_answer(prompt: str, answer: str, tokenizer: Any) -> dict[str, list[i
 
 
 def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any) -> dict[str, list[int]]:
-    """What the chat template adds with an assistant's message, after its own opening of the turn, is an answer."""
+    """Tokens of a conversation. An answer is what the chat template adds for an assistant's message, without the
+    opening of the turn (its generation prompt)."""
     messages = [_with_usual_names(message) for message in messages]
 
     def render(count: int, opened: bool) -> list[int]:
@@ -140,7 +145,7 @@ def _with_usual_names(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _common(one: list[int], other: list[int]) -> int:
-    """How many tokens two lists begin with alike."""
+    """The length of the common beginning of two lists."""
     length = 0
     for a, b in zip(one, other):
         if a != b:

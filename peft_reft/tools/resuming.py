@@ -1,7 +1,8 @@
-"""Which checkpoint of a Trainer a killed run can resume from.
+"""Finds the checkpoint of a Trainer that a killed run can resume from.
 
-transformers' `get_last_checkpoint`, and with it `resume_from_checkpoint=True`, takes the checkpoint of the highest step, also where
-the run was killed while it was written. This module knows what a Trainer's checkpoint is made of, and nothing of ReFT.
+transformers' `get_last_checkpoint`, and with it `resume_from_checkpoint=True`, takes the checkpoint of the highest
+step even if the run was killed while writing it. This module knows the files of a Trainer's checkpoint, and nothing of
+ReFT.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest checkpoint in a Trainer's output folder that was written to its end, None where there is none.
+    """The newest complete checkpoint in a Trainer's output folder.
 
-    `trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))` starts a run, and starts it again after it
-    was killed at any moment. Checkpoints that are passed over are named in a warning; the run writes them anew.
+    `trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))` starts a run, and resumes it
+    after it was killed at any moment. A warning names each incomplete checkpoint; the resumed run writes it again.
 
     Args:
         output_dir (`str` or `os.PathLike`): The `output_dir` of the TrainingArguments. It may not exist yet.
+
+    Returns:
+        `str`, *optional*: The checkpoint's folder. None: there is no complete one, and the run starts anew.
     """
     folders = [folder for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step(folder) >= 0]
     for folder in sorted(folders, key=_step, reverse=True):
@@ -36,15 +40,17 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
 
 
 def _step(folder: Path) -> int:
+    """The step of a checkpoint's folder, -1 for anything else."""
     step = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
     return int(step) if step.isdigit() and folder.is_dir() else -1
 
 
 def _fault(folder: Path) -> str | None:
-    """What a checkpoint lacks. A Trainer writes its state last."""
+    """Why a checkpoint is incomplete. None: it is complete."""
     if not (folder / TRAINER_STATE_NAME).exists():
         return f"it has no {TRAINER_STATE_NAME}, which is written last"
-    # A checkpoint that is written over an earlier one of the same step has that one's files to its end.
+    # A checkpoint written over an earlier one of the same step still has that one's trainer state while it is written:
+    # its files must be looked at, too.
     for file in sorted(folder.rglob("*")):
         try:
             whole = _is_whole(file)
@@ -56,12 +62,12 @@ def _fault(folder: Path) -> str | None:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a file ends where it says, for the kinds of file that do say."""
+    """Whether a file is not cut off, for the kinds of file whose contents show it. True for all others."""
     if file.suffix == ".json":
         json.loads(file.read_text())
     elif file.suffix == ".safetensors":
-        with safe_open(file, framework="pt"):  # compares the file's length with what its header says
+        with safe_open(file, framework="pt"):  # raises where the file's length is not the one in its header
             pass
     elif file.suffix in (".pt", ".pth", ".bin"):
-        return zipfile.is_zipfile(file)  # torch.save writes a zip file, whose table of contents stands at its end
+        return zipfile.is_zipfile(file)  # torch.save writes a zip file, whose table of contents is at the end
     return True
