@@ -1,4 +1,4 @@
-"""The formulas, one token at a time; the identity start; dropout; the basis."""
+"""The formulas, one token at a time; start values; dropout; the orthonormal rows of R."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from peft_reft.tuner.interventions.formulas import INTERVENTIONS
 from peft_reft.tuner.interventions.orthogonal import retract, tangent
 
 
-def edit_plainly(name, h, R, W, b, act):
-    """The table of docs/design.md for one hidden state h [D]."""
+def edit_by_hand(name, h, R, W, b, act):
+    """The table in interventions/formulas.py, for one hidden state h [D]."""
     match name:
         case "loreft" | "noreft":
             return h + R.T @ (act(W @ h + b) - R @ h)
@@ -73,7 +73,7 @@ def test_every_selected_token_is_edited_by_the_formula_and_no_other(name, act_fn
             g = 0 if share_weights else group
             for token in tokens:
                 weights = [None if w is None else w[g] for w in (R, W, b)]
-                expected[row, token] = edit_plainly(name, plain[row, token], *weights, act)
+                expected[row, token] = edit_by_hand(name, plain[row, token], *weights, act)
     with torch.no_grad():
         edited = model(**batch)
     torch.testing.assert_close(edited, expected, rtol=0, atol=1e-5)
@@ -92,7 +92,7 @@ def test_starts_as_the_base_model_to_the_bit(name, positions):
     assert torch.equal(trained.logits, plain)
     trained.loss.backward()
     gradients = [p.grad.abs().max() for p in model.parameters() if p.requires_grad]
-    assert max(gradients) > 0  # and it can leave that start
+    assert max(gradients) > 0  # training can leave the start values
 
 
 @pytest.mark.parametrize("name", ["nodireft", "noreft"])
@@ -137,7 +137,7 @@ def test_dropout_is_on_the_edited_state_and_in_training_only():
     torch.testing.assert_close(dropped[:, :4][~zero], 2 * plain[:, :4][~zero])
 
 
-# -- the basis --------------------------------------------------------------------------------------------------------
+# -- the orthonormal rows of R ----------------------------------------------------------------------------------------
 
 
 def polar(A: torch.Tensor) -> torch.Tensor:
@@ -165,24 +165,24 @@ def test_retract_leaves_orthonormal_rows_alone_and_mends_others():
     off = good + 0.1 * torch.randn_like(good)
     deficient = torch.ones(1, 4, 30)
     half = good.to(torch.bfloat16)
-    bases = [good.clone(), off.clone(), deficient.clone(), half.clone()]
-    retract(bases)
-    assert torch.equal(bases[0], good) and torch.equal(bases[3], half)  # to the bit
-    for basis, tolerance in zip(bases, (1e-6, 1e-6, 1e-6, 2e-2)):
-        error = (basis.float() @ basis.float().mT - torch.eye(4)).abs().max()
+    matrices = [good.clone(), off.clone(), deficient.clone(), half.clone()]
+    retract(matrices)
+    assert torch.equal(matrices[0], good) and torch.equal(matrices[3], half)  # to the bit
+    for R, tolerance in zip(matrices, (1e-6, 1e-6, 1e-6, 2e-2)):
+        error = (R.float() @ R.float().mT - torch.eye(4)).abs().max()
         assert error < tolerance
-    assert (bases[1] - off).abs().max() < 0.3  # stays near
+    assert (matrices[1] - off).abs().max() < 0.3  # near what it was
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("r, width", [(1, 1), (4, 32), (32, 32), (8, 4096), (256, 1024)])
 def test_retracting_twice_is_retracting_once(r, width, dtype):
     torch.manual_seed(0)
-    basis = torch.randn(2, r, width).to(dtype)
-    retract([basis])
-    once = basis.clone()
-    retract([basis])
-    assert torch.equal(basis, once)
+    R = torch.randn(2, r, width).to(dtype)
+    retract([R])
+    once = R.clone()
+    retract([R])
+    assert torch.equal(R, once)
 
 
 class ByData(torch.optim.Optimizer):
@@ -197,7 +197,7 @@ class ByData(torch.optim.Optimizer):
                 parameter.data.add_(parameter.grad, alpha=-group["lr"])
 
 
-# transformers trains with the fused AdamW where it is told nothing.
+# Trainer's default optimizer is the fused AdamW.
 OPTIMIZERS = [torch.optim.AdamW, torch.optim.SGD, partial(torch.optim.AdamW, fused=True), ByData]
 
 
@@ -218,7 +218,7 @@ def test_rows_stay_orthonormal_through_training_and_saving(optimizer, copied, tm
         steps.step()
         steps.zero_grad()
     off = (R @ R.mT - torch.eye(4)).abs().max()
-    assert off > 1e-4  # the last step left the manifold, or this test tests nothing
+    assert off > 1e-4  # the last step left the manifold, else this test could not fail
     saved = {key: value for key, value in model.state_dict().items() if ".reft_R." in key}
     assert len(saved) == 3
     for value in saved.values():
@@ -226,8 +226,8 @@ def test_rows_stay_orthonormal_through_training_and_saving(optimizer, copied, tm
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_forward_with_the_adapter_off_before_the_backward_of_another(optimizer):
-    """As preference training has it for its reference. PEFT freezes what is switched off."""
+def test_a_forward_with_the_adapter_off_between_a_forward_and_its_backward(optimizer):
+    """Preference training runs its reference so. PEFT freezes the parameters of an adapter that is switched off."""
     model = get_peft_model(build("llama"), ReftConfig(r=4, positions="f2+l2", task_type="CAUSAL_LM")).train()
     steps = optimizer((p for p in model.parameters() if p.requires_grad), lr=0.1)
     batch = labelled(8, 6, prompt=4, seed=0)
@@ -239,7 +239,7 @@ def test_a_forward_with_the_adapter_off_before_the_backward_of_another(optimizer
         steps.step()
 
 
-def test_weights_are_float32_on_a_16_bit_base_and_follow_it_when_told():
+def test_weights_are_float32_on_a_16_bit_base_unless_autocast_adapter_dtype_is_off():
     batch = prompts(8)
     for cast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
         base = build("llama").to(torch.bfloat16)
@@ -258,7 +258,7 @@ def test_edit_is_computed_in_full_precision_under_autocast():
     model = get_peft_model(base, ReftConfig(r=4, positions="f2+l3", target_modules=["embed"])).eval()
     randomize(model)
     ids = prompts(9, 3)["input_ids"] % 50
-    seen = []  # an embedding stays float32 under autocast, a product does not
+    seen = []  # the output of an embedding, which stays float32 under autocast, unlike a matrix product
     base.embed.register_forward_hook(lambda *call: seen.append(call[2]))
     model(ids)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -273,8 +273,8 @@ def test_dims_of_every_decoder_are_known_by_structure():
         assert model.peft_config["default"].width == 32
 
 
-def test_a_basis_that_is_cast_by_way_of_its_data():
-    """As TRL does over a quantized base, past the version counter."""
+def test_an_R_that_is_cast_through_its_data():
+    """TRL does so over a quantized base. No version counter shows it."""
     model = get_peft_model(build("llama"), ReftConfig(r=4, task_type="CAUSAL_LM")).eval()
     for parameter in model.parameters():
         if parameter.requires_grad:

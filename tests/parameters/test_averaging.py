@@ -1,4 +1,4 @@
-"""Weights that others than an optimizer write: averages, EMA callbacks, casts. What is saved loads, and edits as the live model does."""
+"""Weights that averages, EMA callbacks or casts write: a saved adapter loads, and edits as the live model does."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def adapted(**settings) -> PeftModel:
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model(**BATCH, prompt_lengths=torch.tensor([9, 4])).logits  # told, for training mode
+        return model(**BATCH, prompt_lengths=torch.tensor([9, 4])).logits  # which training mode asks for
 
 
 def layers(model: torch.nn.Module) -> Iterator[ReftLayer]:
@@ -48,7 +48,7 @@ def error(R: torch.Tensor) -> float:
 
 
 def disturb(model: torch.nn.Module, how: Callable = lambda old, new: old.data.copy_(new), by: float = 0.05) -> None:
-    """Write to all weights of the adapter, as a callback does."""
+    """Write to all weights of the adapter, as an averaging callback does."""
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         if "reft_" in name:
@@ -65,7 +65,7 @@ def polar(A: torch.Tensor) -> torch.Tensor:
     return (vectors * values.rsqrt()[..., None, :] @ vectors.mT @ A.double()).to(A.dtype)
 
 
-# -- what is saved -------------------------------------------------------------------------------------------------------
+# -- saving -----------------------------------------------------------------------------------------------------------
 
 
 STATES = {
@@ -80,17 +80,17 @@ STATES = {
 
 @pytest.mark.parametrize("write", [lambda old, new: old.data.copy_(new), replace_data], ids=["copied", "replaced"])
 @pytest.mark.parametrize("state", STATES)
-def test_what_is_saved_goes_by_the_values(state, write):
+def test_saved_R_are_orthonormal_whatever_wrote_them(state, write):
     model = adapted()
     logits(model)
     disturb(model, write)
     assert all(error(weight(layer, "R")) > 0.1 for layer in layers(model))
-    bases = [value for name, value in STATES[state](model).items() if "reft_R" in name]
-    assert len(bases) == 3 and all(error(R) < 1e-5 for R in bases)
+    saved = [value for name, value in STATES[state](model).items() if "reft_R" in name]
+    assert len(saved) == 3 and all(error(R) < 1e-5 for R in saved)
 
 
 @pytest.mark.parametrize("part", ["layers.1", "layers.1.self_attn"])
-def test_a_part_of_the_model_saves_its_own(part):
+def test_a_part_of_the_model_retracts_the_R_that_it_saves(part):
     model = adapted(target_modules=["self_attn"] if "attn" in part else None)
     disturb(model)
     (R,) = (
@@ -99,9 +99,9 @@ def test_a_part_of_the_model_saves_its_own(part):
         if "reft_R" in name
     )
     assert error(R) < 1e-5
-    assert error(weight(next(layers(model)), "R")) > 0.1  # those of others are not asked for
+    assert error(weight(next(layers(model)), "R")) > 0.1  # R outside of the part stays as it is
     model.state_dict()
-    disturb(model)  # also after the whole was saved
+    disturb(model)  # also after the whole model was saved
     (R,) = (
         value
         for name, value in model.base_model.model.model.get_submodule(part).state_dict().items()
@@ -112,8 +112,8 @@ def test_a_part_of_the_model_saves_its_own(part):
 
 @pytest.mark.parametrize("native", [False, True], ids=["peft", "transformers"])
 @pytest.mark.parametrize("write", [lambda old, new: old.data.copy_(new), replace_data], ids=["copied", "replaced"])
-def test_what_is_saved_is_what_the_live_model_computes(write, native, tmp_path):
-    """W and b, too: weights that a forward has prepared may be older than what a callback wrote."""
+def test_a_saved_adapter_computes_what_the_live_model_computes(write, native, tmp_path):
+    """Also by W and b: the weights that a forward has stacked may be older than those that a callback wrote."""
     if native:
         model = build("llama")
         model.add_adapter(ReftConfig(**CONFIG))
@@ -132,7 +132,7 @@ def test_what_is_saved_is_what_the_live_model_computes(write, native, tmp_path):
 
 
 def test_W_alone_is_written_and_saved(tmp_path):
-    """Which no R gives away: a forward may have prepared the W of before."""
+    """No R shows that write, and the W that a forward has stacked is out of date."""
     model = adapted()
     before = logits(model)
     for layer in layers(model):
@@ -154,14 +154,12 @@ def test_an_average_that_is_swapped_in_for_evaluation(tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(build("llama"), tmp_path).eval()), live)
 
 
-@pytest.mark.parametrize(
-    "positions", ["f2+l2", "all"]
-)  # of which one reads a stack of all layers' R, the other each R itself
+@pytest.mark.parametrize("positions", ["f2+l2", "all"])  # weights stacked for all layers, or read by each layer
 @pytest.mark.parametrize(
     "between", [lambda model: model.state_dict(), lambda model: model.eval()], ids=["saved", "evaluated"]
 )
 def test_nothing_is_written_between_a_forward_and_its_backward(between, positions):
-    """A write, even of the same values, would be an error of autograd."""
+    """Autograd would refuse the backward after any write, even of the same values."""
     model = adapted(positions=positions).train()
     batch = labelled(9, 4, prompt=3, seed=0)
     model(**batch).loss.backward()
@@ -174,10 +172,10 @@ def test_nothing_is_written_between_a_forward_and_its_backward(between, position
     assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters() if p.requires_grad)
 
 
-def test_a_state_dict_is_one_batch(monkeypatch):
+def test_a_state_dict_retracts_once_and_in_one_batch(monkeypatch):
     model, sizes = adapted(), []
     retracted = orthogonal.retracted
-    monkeypatch.setattr(orthogonal, "retracted", lambda bases: sizes.append(len(bases)) or retracted(bases))
+    monkeypatch.setattr(orthogonal, "retracted", lambda all_R: sizes.append(len(all_R)) or retracted(all_R))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     for _ in range(2):
         model(**labelled(9, 4, prompt=3, seed=0)).loss.backward()
@@ -186,17 +184,17 @@ def test_a_state_dict_is_one_batch(monkeypatch):
         model.state_dict()
         assert sizes == [3]
         model.state_dict()
-        assert sizes == [3]  # what is orthonormal is not factorized
+        assert sizes == [3]  # orthonormal R are not factorized again
 
 
-def test_a_collection_that_failed_leaves_no_layer_out():
+def test_after_a_state_dict_that_failed_each_layer_is_retracted():
     model = adapted()
     hook = model.base_model.model.lm_head.register_state_dict_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.state_dict()
     hook.remove()
     disturb(model)
-    logits(model)  # a forward ends whatever the thread was in
+    logits(model)  # the forward ends the state dict that failed
     disturb(model)
     for layer in layers(model):
         (R,) = (value for name, value in layer.state_dict().items() if "reft_R" in name)
@@ -208,16 +206,16 @@ def test_an_unloaded_model_has_no_hooks():
     assert not base._state_dict_pre_hooks and not base._state_dict_hooks
 
 
-# -- what is loaded ------------------------------------------------------------------------------------------------------
+# -- loading ----------------------------------------------------------------------------------------------------------
 
 
-def spread(R: torch.Tensor) -> torch.Tensor:
+def singular_values(R: torch.Tensor) -> torch.Tensor:
     return torch.linalg.svdvals(R.double())
 
 
 @pytest.fixture
 def averaged(tmp_path) -> Path:
-    """The mean of two adapters that learned the same data at different rates, as tools average files."""
+    """A file with the mean of two adapters that were trained on the same data at different learning rates."""
     folders = []
     for rate in (0.01, 0.05):
         model = adapted().train()
@@ -228,9 +226,9 @@ def averaged(tmp_path) -> Path:
             optimizer.zero_grad()
         folders.append(tmp_path / str(rate))
         model.save_pretrained(folders[-1])
-    first, second = (load_file(folder / FILE) for folder in folders)
+    one, other = (load_file(folder / FILE) for folder in folders)
     folder = Path(shutil.copytree(folders[0], tmp_path / "averaged"))
-    save_file({name: (first[name] + second[name]) / 2 for name in first}, folder / FILE)
+    save_file({name: (one[name] + other[name]) / 2 for name in one}, folder / FILE)
     assert all(0.1 < error(R) < 0.9 for name, R in load_file(folder / FILE).items() if "reft_R" in name)
     return folder
 
@@ -267,19 +265,19 @@ def test_an_average_is_loaded_as_the_nearest(averaged, way, dtype):
             torch.testing.assert_close(tensor.double(), given[name].double(), rtol=1e-7, atol=0)
 
 
-def test_what_the_caller_holds_is_not_written_to(averaged):
+def test_the_tensors_of_the_caller_are_not_written_to(averaged):
     model = adapted()
     state = {f"base_model.model.{name}": value for name, value in model.base_model.model.state_dict().items()}
     given = {f"{name}.default": tensor for name, tensor in load_file(averaged / FILE).items()}
     assert given.keys() < state.keys()
-    kept = copy.deepcopy(given)
+    before = copy.deepcopy(given)
     with pytest.warns(UserWarning, match=NEAREST):
         model.load_state_dict(given, strict=False)
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in given.items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in given.items())
 
 
 def test_adapters_that_started_apart_average(tmp_path):
-    """As directions they have little in common, but the mean of two bases at right angles is far from losing rank."""
+    """Their R have little in common, but the mean of two R, each orthogonal to the other, is far from losing rank."""
     states = []
     for seed in range(2):
         model = get_peft_model(build("llama"), ReftConfig(**CONFIG))
@@ -288,12 +286,12 @@ def test_adapters_that_started_apart_average(tmp_path):
             weight(layer, "R").data = torch.linalg.qr(torch.randn(2, 32, 4)).Q.mT.contiguous()
         states.append(get_peft_model_state_dict(model))
     mean = {name: (value + states[1][name]) / 2 for name, value in states[0].items()}
-    assert min(spread(R).min() for name, R in mean.items() if "reft_R" in name) < 0.6
+    assert min(singular_values(R).min() for name, R in mean.items() if "reft_R" in name) < 0.6
     with pytest.warns(UserWarning, match=NEAREST):
         set_peft_model_state_dict(model, mean)
 
 
-def test_bases_that_cancel_each_other_are_refused():
+def test_an_average_of_R_that_cancel_each_other_is_refused():
     model = adapted()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = get_peft_model_state_dict(model)
@@ -308,7 +306,7 @@ def test_bases_that_cancel_each_other_are_refused():
 
 
 @pytest.mark.parametrize("rate", [1e-3, 1e-2])
-def test_an_EMA_goes_in_and_out_by_state_dict(rate):
+def test_an_EMA_is_swapped_in_and_out_by_load_state_dict(rate):
     torch.manual_seed(0)
     model = adapted().train()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -330,13 +328,13 @@ def test_an_EMA_goes_in_and_out_by_state_dict(rate):
                 assert logits(model).isfinite().all()
                 assert all(error(weight(layer, "R")) < 1e-5 for layer in layers(model))
                 model.load_state_dict(mine, strict=False)
-    assert worst > 2**-6  # else nothing was off
+    assert worst > 2**-6  # else no average was off
 
 
-# -- tools that average ----------------------------------------------------------------------------------------------------
+# -- tools that average -----------------------------------------------------------------------------------------------
 
 
-def test_torch_s_averaged_model(tmp_path):
+def test_AveragedModel_of_torch(tmp_path):
     model = adapted().train()
     averaged = AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
@@ -352,7 +350,7 @@ def test_torch_s_averaged_model(tmp_path):
 
 
 class EMA(transformers.TrainerCallback):
-    """As such callbacks are written: the average is swapped in where the trainer evaluates and saves."""
+    """A callback that averages the weights, and writes the average at the end of training."""
 
     def on_train_begin(self, args, state, control, model, **_):
         self.average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -368,14 +366,14 @@ class EMA(transformers.TrainerCallback):
                 p.data.copy_(self.average[name])
 
 
-def test_a_callback_of_transformers_trainer(tmp_path):
+def test_an_EMA_callback_of_Trainer(tmp_path):
     model = adapted()
     examples = [{key: value[0] for key, value in labelled(8, prompt=3, seed=seed).items()} for seed in range(4)]
     options = {"max_steps": 12, "learning_rate": 0.05, "per_device_train_batch_size": 1, "save_strategy": "no"}
     arguments = transformers.TrainingArguments(str(tmp_path), report_to=[], disable_tqdm=True, use_cpu=True, **options)
     trainer = transformers.Trainer(model, arguments, train_dataset=examples, callbacks=[EMA()])
     trainer.train()
-    assert max(error(weight(layer, "R")) for layer in layers(model)) > 1e-3  # or this test tests nothing
+    assert max(error(weight(layer, "R")) for layer in layers(model)) > 1e-3  # else this test could not fail
     trainer.save_model(str(tmp_path / "ema"))
     live = logits(model.eval())
     assert torch.equal(logits(PeftModel.from_pretrained(build("llama"), tmp_path / "ema").eval()), live)

@@ -1,5 +1,4 @@
-"""Adapter files that are cut off, changed, of something else or that hold no numbers are refused, and change
-nothing."""
+"""Adapter files that are damaged, changed, of another method or not finite are refused, and change nothing."""
 
 from __future__ import annotations
 
@@ -64,7 +63,7 @@ def saved(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def adapter(saved: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be broken."""
+    """A copy of the good adapter, for a test to break."""
     return Path(shutil.copytree(saved, tmp_path / "adapter"))
 
 
@@ -96,7 +95,7 @@ def only_lora(tensors: Tensors) -> None:
     tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 32)
 
 
-# Wrong with the tensors of one layer, whoever loads them.
+# Faults in the tensors of one layer.
 TENSORS = {
     "missing": (lambda tensors: tensors.pop(f"{LAYER}W"), r"layers.1.reft_W.*is missing"),
     "unknown": (replace("Q", torch.ones(2)), r"reft_Q'?"),
@@ -118,10 +117,10 @@ TENSORS = {
     ),
     "one row": (fill("R", 0.0), r"rows of .*reft_R.* not orthonormal.*off by 1,?"),
     "huge": (lambda tensors: tensors[f"{LAYER}R"].mul_(1e30), r"rows of .*reft_R.* not orthonormal"),
-    "swapped": (swap, r"rows of .*reft_R.* not orthonormal.*rotation.retract"),
+    "swapped": (swap, r"rows of .*reft_R.* not orthonormal.*interventions.orthogonal.retract"),
 }
-# Wrong with the whole.
-WHOLES = {
+# Faults in which layers the file has.
+LAYERS = {
     "a layer more": (
         lambda tensors: tensors.update(
             {f"{LAYER}{x}".replace("1", "3"): tensors[f"{LAYER}{x}"].clone() for x in "RWb"}
@@ -172,10 +171,10 @@ def test_tensors_that_do_not_fit_their_config_leave_the_model_alone(adapter, fau
         WAYS[way](adapter)
 
 
-@pytest.mark.parametrize("fault", {**TENSORS, **WHOLES})
+@pytest.mark.parametrize("fault", {**TENSORS, **LAYERS})
 def test_tensors_that_do_not_fit_the_model_are_not_written(saved, fault):
-    """By name and by value, also where no file is involved."""
-    change, message = {**TENSORS, **WHOLES}[fault]
+    """Names and values are checked also where a state dict is loaded without a file."""
+    change, message = {**TENSORS, **LAYERS}[fault]
     model = adapted(intervention="loreft")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     tensors = {name: tensor * 1.001 if "_W" in name else tensor for name, tensor in load_file(saved / WEIGHTS).items()}
@@ -185,9 +184,9 @@ def test_tensors_that_do_not_fit_the_model_are_not_written(saved, fault):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("fault", WHOLES)
-def test_layers_that_the_model_and_the_file_do_not_share(adapter, fault):
-    change, message = WHOLES[fault]
+@pytest.mark.parametrize("fault", LAYERS)
+def test_layers_that_only_the_model_or_only_the_file_has(adapter, fault):
+    change, message = LAYERS[fault]
     rewrite(adapter, change)
     for options in ({}, {"low_cpu_mem_usage": True}):
         with pytest.raises(ValueError, match=f"^Adapter 'default'.*{message}"):
@@ -219,16 +218,16 @@ def test_a_config_that_was_changed(adapter, settings, message):
 
 
 @pytest.mark.parametrize("text", ["", '{"r": 4, "peft_type": "RE', "[1]", "\x00\xff"])
-def test_a_config_that_is_none(adapter, text):
+def test_a_config_file_that_holds_no_config(adapter, text):
     (adapter / CONFIG).write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=f"adapter_config.json of '{adapter}.*can't be used"):
         ReftConfig.from_pretrained(adapter)
-    with pytest.raises((ValueError, TypeError)):  # PEFT's own: it can't know yet whose config it is
+    with pytest.raises((ValueError, TypeError)):  # PEFT's own error: it does not know yet that the config is ReFT's
         load_first(adapter)
 
 
 def test_settings_of_a_later_version(adapter):
-    """One that may change the edit is not dropped; one that says nothing is PEFT's to warn of."""
+    """An unknown setting that may change the edit is refused; PEFT warns of one that is None, False or empty."""
     configure(adapter, edit_every=2, another=False)
     for load in (PeftConfig.from_pretrained, ReftConfig.from_pretrained, load_first, build("llama").load_adapter):
         with pytest.raises(ValueError, match="edit_every=2, which this version does not know.*upgrade both"):
@@ -270,8 +269,8 @@ def test_a_file_that_is_cut_off_or_damaged(adapter, way):
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 @hypothesis.given(st.data())
-def test_whatever_is_done_to_the_header_of_a_file(saved, data):
-    """Refused, or loaded to the same weights: only bytes of the numbers themselves can change a number."""
+def test_any_change_to_the_header_of_a_file(saved, data):
+    """The file is refused, or gives the same weights: only the bytes after the header hold numbers."""
     good = load_file(saved / WEIGHTS)
     raw = bytearray((saved / WEIGHTS).read_bytes())
     end = 8 + int.from_bytes(raw[:8], "little")
@@ -285,7 +284,7 @@ def test_whatever_is_done_to_the_header_of_a_file(saved, data):
         raw[at:at] = data.draw(st.binary(min_size=1, max_size=4))
     elif kind == "delete":
         del raw[at : at + data.draw(st.integers(1, 4))]
-    else:  # bytes of the header with one another, such as the names of two tensors
+    else:  # two bytes of the header, such as in the names of two tensors
         other = data.draw(st.integers(8, end - 1))
         raw[at], raw[other] = raw[other], raw[at]
     folder = saved.parent / "fuzzed"
@@ -298,7 +297,7 @@ def test_whatever_is_done_to_the_header_of_a_file(saved, data):
         return
     loaded = get_peft_model_state_dict(model)
     assert loaded.keys() == good.keys()
-    # Two tensors of one shape may have exchanged their names, which no reader can tell.
+    # Two tensors of one shape may have exchanged their names, which no reader can see.
     assert sorted(map(_bytes, loaded.values())) == sorted(map(_bytes, good.values()))
 
 
@@ -308,7 +307,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 @pytest.mark.parametrize("intervention", sorted(INTERVENTIONS))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_honest_files_of_every_dtype_pass(tmp_path, intervention, dtype):
+def test_good_files_of_every_dtype_pass(tmp_path, intervention, dtype):
     model = adapted(intervention=intervention)
     model.save_pretrained(tmp_path)
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(tmp_path / WEIGHTS).items()}
@@ -316,7 +315,7 @@ def test_honest_files_of_every_dtype_pass(tmp_path, intervention, dtype):
     for low_cpu_mem_usage in (False, True):
         loaded = PeftModel.from_pretrained(build("llama"), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
         for name, tensor in get_peft_model_state_dict(loaded).items():
-            if "reft_R" in name:  # a basis of 16 bits may be made orthonormal to 32
+            if "reft_R" in name:  # an R of 16 bits may be orthonormalized in 32
                 torch.testing.assert_close(
                     tensor, tensors[name], atol=ORTHONORMAL_TOLERANCE, rtol=0, check_dtype=False
                 )
@@ -326,7 +325,7 @@ def test_honest_files_of_every_dtype_pass(tmp_path, intervention, dtype):
 
 @pytest.mark.parametrize("rank, width", [(1, 4096), (8, 64), (64, 64), (128, 4096)])
 def test_rounding_to_16_bits_keeps_within_the_tolerance(rank, width):
-    """A bound on each inner product, whatever the size: half of what is allowed."""
+    """The error of an inner product is at most half the tolerance, for any rank and width."""
     torch.manual_seed(0)
     R_GRD = torch.randn(2, rank, width)
     retract([R_GRD])
@@ -364,21 +363,21 @@ def test_nothing_to_load(saved, renamed):
         set_peft_model_state_dict(model, tensors)
 
 
-def test_an_adapter_of_a_deeper_or_a_flatter_model(saved, tmp_path):
-    def flatter() -> torch.nn.Module:
+def test_an_adapter_of_a_model_with_more_or_fewer_layers(saved, tmp_path):
+    def shorter() -> torch.nn.Module:
         base = build("llama")
         del base.model.layers[2:]
         base.config.num_hidden_layers = 2
         return base
 
     with pytest.raises(ValueError, match="Adapter 'default' has no tensor '.*layers.2.reft_.*base model"):
-        PeftModel.from_pretrained(flatter(), saved)
-    get_peft_model(flatter(), ReftConfig(r=4, positions="f2+l2")).save_pretrained(tmp_path)
+        PeftModel.from_pretrained(shorter(), saved)
+    get_peft_model(shorter(), ReftConfig(r=4, positions="f2+l2")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Adapter 'default': '.*layers.2.reft_R.default' is missing"):
         PeftModel.from_pretrained(build("llama"), tmp_path)
 
 
-# -- what still loads -------------------------------------------------------------------------------------------------
+# -- state dicts that load --------------------------------------------------------------------------------------------
 
 
 def test_state_dicts_of_whole_and_partial_models():
@@ -390,7 +389,7 @@ def test_state_dicts_of_whole_and_partial_models():
     fresh.load_state_dict(everything, strict=True)
     assert torch.equal(logits(fresh), logits(model))
     others = {name: tensor for name, tensor in everything.items() if name.endswith(".other")}
-    fresh.load_state_dict(others, strict=False)  # one adapter's alone
+    fresh.load_state_dict(others, strict=False)  # of one adapter alone
     for shard in (0, 1):  # the files of a large checkpoint, each with a part of an adapter
         part = {name: t for number, (name, t) in enumerate(everything.items()) if number % 2 == shard}
         fresh.load_state_dict(part, strict=False)
@@ -398,11 +397,12 @@ def test_state_dicts_of_whole_and_partial_models():
     torch.nn.Sequential(fresh).load_state_dict({f"0.{name}": tensor for name, tensor in everything.items()})
     assert torch.equal(logits(fresh), logits(model))
     blocks = fresh.base_model.model.model.layers
-    blocks[0] = checkpoint_wrapper(blocks[0])  # has no part in the names of a state dict
+    blocks[0] = checkpoint_wrapper(blocks[0])  # the wrapper does not show in the names of a state dict
     fresh.load_state_dict(everything, strict=True)
     fresh.base_model.model.again = fresh.base_model.model.model.layers[1]  # a module under two names
     fresh.load_state_dict(fresh.state_dict(), strict=True)
-    stray = {"base_model.model.model.layers.2.reft_W.other": torch.ones(1, 2, 32)}  # where that adapter edits nothing
+    # of a layer in which that adapter has no weights
+    stray = {"base_model.model.model.layers.2.reft_W.other": torch.ones(1, 2, 32)}
     with pytest.raises(ValueError, match="Adapter 'other' has no tensor '.*layers.2.reft_W.other'"):
         fresh.load_state_dict({**everything, **stray}, strict=False)
     everything["base_model.model.model.layers.1.reft_W.other"].fill_(float("nan"))
@@ -417,7 +417,7 @@ def test_an_unloaded_model_checks_nothing():
 
 
 def test_parameters_put_in_place_without_a_state_dict(adapter):
-    """As transformers' load_adapter does: it reports tensors that miss or do not fit, but not values."""
+    """transformers' load_adapter does so: it reports tensors that are missing or do not fit, and checks no values."""
     rewrite(adapter, fill("W", float("nan")))
     base = build("llama")
     base.load_adapter(str(adapter))
@@ -427,7 +427,7 @@ def test_parameters_put_in_place_without_a_state_dict(adapter):
         base.generate(**BATCH, max_new_tokens=2)
 
 
-# -- code -------------------------------------------------------------------------------------------------------------
+# -- pickles ----------------------------------------------------------------------------------------------------------
 
 
 class Malicious:
@@ -456,19 +456,19 @@ def test_code_in_a_pickle_is_not_run(adapter, tmp_path):
     (adapter / WEIGHTS).unlink()
     (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Malicious(marker)))
     loads = [load_first, load_second, build("llama").load_adapter]
-    # A trainer that resumes loads into an adapter that is there, for which PEFT does not read the config.
+    # A trainer that resumes loads into the adapter of the model, for which PEFT does not read the config.
     loads.append(lambda folder: adapted().load_adapter(folder, "default"))
     for load in loads:
         with pytest.raises(Exception, match="pickle|[Ww]eights only|No such file"):
             load(str(adapter))
     assert not marker.exists()
     pickle.loads((adapter / "adapter_model.bin").read_bytes())
-    assert marker.exists()  # it would have
+    assert marker.exists()  # loading it does run the code
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
-    """A trainer's, after one step of two."""
+    """The checkpoint of a trainer after one step of two."""
     folder = tmp_path_factory.mktemp("run")
     trainer(folder).train()
     return folder / "checkpoint-1"
@@ -498,7 +498,7 @@ def test_code_in_a_trainer_s_checkpoint_is_not_run(checkpoint, tmp_path, file):
     except Exception as error:
         assert "Weights only load failed" in str(error)
     else:
-        assert file == "training_args.bin"  # which nothing reads
+        assert file == "training_args.bin"  # which no loader reads
     assert not (tmp_path / "ran").exists()
 
 

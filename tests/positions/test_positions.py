@@ -138,10 +138,8 @@ def test_padding_that_looks_like_a_sequence():
     labels = torch.tensor([[-100, -100, 5, 5, -100, 5, 5, -100, -100, -100]])
     assert chosen("f1+l1", (1, 10), position_ids=position_ids, labels=labels) == ([[0]], [[1]])
     assert chosen("f1", (1, 10), position_ids=position_ids, labels=labels) == ([[0, 4]], [[]])
-    assert chosen("f1", (1, 10), position_ids=position_ids) == (
-        [[0, 4, 7]],
-        [[]],
-    )  # without labels, padding cannot be told apart
+    # without labels, padding cannot be told apart
+    assert chosen("f1", (1, 10), position_ids=position_ids) == ([[0, 4, 7]], [[]])
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -260,9 +260,7 @@ class _AddToStates(torch.autograd.Function):
 
 
 def _edit_all(h: Tensor, job: Job, weights: EditWeights, in_place: bool) -> Tensor:
-    """Edit all tokens of h [..., D], or, in a batch whose examples use different adapters, those of the adapter's
-    rows.
-    """
+    """Edit all tokens of h [..., D], or, where `job.examples` is given, all tokens of those rows of the batch."""
     unused = (
         None if job.selection is None or job.selection.unused_TGR is None else job.selection.unused_TGR.to(h.device)
     )

@@ -219,9 +219,7 @@ def _in_runs(prompt_BS: Tensor, start_BS: Tensor, later_BS: Tensor) -> Prompts:
 
 
 def count_within(mask_BS: Tensor, start_BS: Tensor | None) -> Tensor:
-    """For each token, how many tokens of `mask_BS` there are from the latest start up to it, itself included. int64,
-    [B, S].
-    """
+    """For each token, how many tokens of `mask_BS` there are from the latest start through it. int64, [B, S]."""
     return _since_start(mask_BS.cumsum(dim=1), mask_BS, start_BS)
 
 
@@ -251,7 +249,7 @@ def _since_start(total_BS: Tensor, mask_BS: Tensor, start_BS: Tensor | None) -> 
 
 
 def _before(mask_BS: Tensor, start_BS: Tensor | None) -> Tensor:
-    """For each token, how many tokens of `mask_BS` there are from the latest start up to it, itself left out."""
+    """For each token, how many tokens of `mask_BS` there are from the latest start up to it, without it."""
     return count_within(mask_BS, start_BS) - mask_BS.long()
 
 

@@ -106,9 +106,8 @@ def _earlier(mask_BS: Tensor, back: int) -> Tensor:
 
 
 def _search_table(template: bytes, tokens: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """For each token and each state before it: the state after it, int16 [V, M], and whether a match ends in it, bool
-    [V, M].
-    """
+    """The table of a search: the state after each token for each state before it, int16 [V, M], and whether a match
+    ends in the token, bool [V, M]."""
     step = _automaton(template)
     state_VM = np.tile(np.arange(len(template) + 1, dtype=np.int16), (len(tokens), 1))
     hit_VM = np.zeros(state_VM.shape, dtype=bool)
