@@ -11,7 +11,7 @@ def test_every_field_is_described_by_the_docstring():
     helps = {name: one.metadata.get("help", "") for name, one in own_fields().items()}
     assert all(len(text) > 20 for text in helps.values()), helps
     assert helps["prompt_boundary"].startswith(
-        'Of a conversation of several turns, `"first"` (default): its prompt is what'
+        'The prompts of a conversation of several turns. `"first"` (default): the tokens before the first answer'
     )
     assert helps["exclude_modules"] == "Names or one regex of modules to leave alone."
 
