@@ -75,8 +75,7 @@ class _Args(BaseModel):
     """What the plugin adds to axolotl's config."""
 
     reft: Any
-    # What `--debug` sets. axolotl keeps a key only if something declares it, and overwrites a YAML's own with the
-    # flag.
+    # Set by `--debug`, which overrides a YAML's `debug:`. axolotl drops keys that nothing declares.
     debug: bool | None = Field(default=None, description="Log the edited tokens of a training batch.")
 
     @model_validator(mode="before")
@@ -152,8 +151,7 @@ def _check_prompts_are_known(cfg: Any, config: ReftConfig) -> None:
 
 
 def _check_base_can_be_loaded(data: dict) -> None:
-    """Refuse ways of loading a 4-bit base that axolotl offers for `adapter: qlora` only, and name one that ReFT
-    has."""
+    """Refuse ways of loading a 4-bit base that axolotl has for `adapter: qlora` only, and name one for ReFT."""
     if data.get("nf4_backend") == "torchao":
         raise ValueError(
             f"nf4_backend: torchao is for adapter: qlora alone, not for adapter: {data['adapter']}. Remove nf4_backend: "

@@ -56,8 +56,7 @@ class ReftPlugin(BasePlugin):
         axolotl_api.own_name_again(cfg)
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Any) -> list:
-        """Have the collator add `prompt_lengths` for trainers that pass no labels, and log edited tokens if asked
-        to."""
+        """For trainers that pass no labels, have the collator add `prompt_lengths`. Log edited tokens if asked to."""
         if is_reft(cfg.adapter) and self._is_first():
             config = reft_config(cfg)
             if cfg.rl and config.response_template is None and not config.spec.all_tokens:
