@@ -1,4 +1,4 @@
-"""The plugin and the versions of axolotl: how it is found, what it relies on, what goes by the name of an adapter, and the seed."""
+"""The plugin with each version of axolotl: how it is found, the pieces it relies on, `adapter:` by name, and the seed."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_plugin_that_is_also_named_is_one_plugin(monkeypatch, line):
 
 @pytest.mark.parametrize("adapter", ["lora", "qlora", None])
 def test_other_adapters_are_left_alone(monkeypatch, adapter):
-    """axolotl 0.21 loads the plugin for every run: without a ReFT adapter nothing is looked for, wrapped or taken out."""
+    """axolotl 0.21 loads the plugin in every run: without a ReFT adapter it checks, wraps and removes nothing."""
     from axolotl.loaders.model import ModelLoader
     from axolotl.utils.dict import DictDefault
 
@@ -149,7 +149,7 @@ def test_a_piece_that_is_gone_is_named(monkeypatch, fresh_check, owner, name):
 
 
 def test_a_hook_that_is_no_longer_called_is_an_error(monkeypatch):
-    """Without it the adapter would stay LoRA's, and LoRA would be trained in silence."""
+    """Without the hook, `adapter:` would stay lora, and LoRA would be trained in silence."""
     from axolotl.loaders.model import ModelLoader
     from axolotl.utils.dict import DictDefault
 
