@@ -133,7 +133,8 @@ def main() -> int:
     cured: dict[str, set[str]] = {}
     if failed:
         suspects = {name: versions for name, versions in moved.items() if name not in NOT_BLAMED}
-        print(f"\n{len(failed)} tests fail. Once more, with each library that has moved put back by itself:")
+        if suspects:
+            print(f"\n{len(failed)} tests fail. Once more, with each library that has moved put back by itself:")
         cured = blame(failed, suspects, options.workers, log)
     heading = "failing tests that pass with the tested version" if failed else ""
     print(f"\n{'package':<22}{'tested':<16}{'now':<16}{heading}")

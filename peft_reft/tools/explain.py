@@ -173,7 +173,7 @@ def _explain(rules: Rules, batch: Batch, tokenizer: Any) -> list[ExplainedSequen
         prompt_BS, source = sequences.real_BS, "all tokens"
     else:
         selected = select_tokens(rules, batch, training=False)
-        first_BS, last_BS, source = selected.first_BS, selected.last_BS, selected.source
+        first_BS, last_BS, source = selected.first_BS, selected.last_BS, selected.origin
         prompt_BS = sequences.real_BS if selected.prompt_BS is None else selected.prompt_BS
     trained_BS = torch.zeros_like(prompt_BS) if batch.labels is None else batch.labels != IGNORED_LABEL
     explained = []

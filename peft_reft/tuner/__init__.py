@@ -1,7 +1,9 @@
-"""The tuner: what could become `src/peft/tuners/reft`. It imports torch, peft and transformers, and nothing of peft_reft outside itself.
+"""The tuner: exactly the files that could become `src/peft/tuners/reft`. They import torch, peft, transformers and
+accelerate, and nothing of peft_reft outside this folder.
 
-Importing it registers REFT with PEFT. See four files first: config.py (what a user sets), layer.py (ReftLayer), interventions/apply.py (the
-hot path) and forward/context.py (how a call of the model becomes a plan for its layers).
+An import of this folder registers REFT with PEFT. See four files first: config.py (what a user sets), layer.py
+(ReftLayer), interventions/apply.py (the hot path) and forward/context.py (how a call of the model becomes a plan for
+its layers).
 """
 
 from .config import ReftConfig

@@ -1,4 +1,4 @@
-"""ReftConfig: what a user sets, checked where it is set."""
+"""ReftConfig: the fields that a user sets, checked when the config is made."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ from .positions.spec import PositionSpec, Rules
 from .positions.template import IdTemplate, TextTemplate
 
 
-# The tasks whose labels are answers, and not classes.
+# The tasks whose labels are the tokens of answers. Those of other tasks are classes.
 ANSWERING = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 
 T = TypeVar("T", bound=type)
 
 
 def _refuses_unknown_fields(config_class: T) -> T:
-    """Make a config that was saved with fields of a later version an error, where PEFT drops them with a warning.
+    """Class decorator: a saved config with a field that this version does not know raises a ValueError. PEFT would
+    drop the field with a warning, and the adapter might then edit otherwise than it was trained to.
 
-    A field that says nothing (null, false, empty) is left to PEFT: fields that are added must say nothing by default.
+    An unknown field that is null, false or empty is left to PEFT. So a field that a later version adds must have such
+    a default.
     """
     init = config_class.__init__  # type: ignore[misc]
 
@@ -42,12 +44,14 @@ def _refuses_unknown_fields(config_class: T) -> T:
         unknown = {
             key: value for key, value in kwargs.items() if key not in known and value not in (None, False, [], {}, "")
         }
-        if unknown and "peft_type" in kwargs:  # as it was saved; a mistake in a program is a TypeError, as anywhere
+        # Only a saved config has "peft_type". A misspelt keyword in a program stays a TypeError, as for any class.
+        if unknown and "peft_type" in kwargs:
             raise ValueError(
                 "The saved config has "
                 + ", ".join(f"{key}={value!r}" for key, value in sorted(unknown.items()))
-                + ", which this version does not know and which may change what the adapter edits. A newer peft_reft or PEFT saved "
-                "it: upgrade both. If you know that the adapter works without, delete it from adapter_config.json."
+                + ", which this version does not know and which may change what the adapter edits. A newer peft_reft "
+                "or PEFT saved it: upgrade both. If you know that the adapter works without, delete it from "
+                "adapter_config.json."
             )
         init(self, *args, **kwargs)
 
@@ -56,7 +60,8 @@ def _refuses_unknown_fields(config_class: T) -> T:
 
 
 def _described_by_its_docstring(config_class: T) -> T:
-    """Give each field the text of its entry under Args as its `help`, which parsers of command lines and YAML schemas show."""
+    """Class decorator: the text of a field's entry under Args becomes the field's `help` metadata, which parsers of
+    command lines and YAML schemas show."""
     entries = re.findall(r"^ {4}(\w+) \(.+?\): ((?:.|\n {8})+)", inspect.getdoc(config_class) or "", re.MULTILINE)
     texts = {name: " ".join(text.split()) for name, text in entries}
     for one in fields(config_class):
@@ -71,48 +76,53 @@ def _described_by_its_docstring(config_class: T) -> T:
 class ReftConfig(PeftConfig):
     """Configuration of a ReFT adapter (Representation Finetuning, arXiv 2404.03592).
 
-    Wrong values fail here, with what was given, what is allowed and an example.
-
     Args:
         r (`int`): Rank: the number of directions of the hidden state that an edit may change. At most the width of the
             edited modules.
         intervention (`str`): The edit: `"loreft"` (default), `"noreft"`, `"direft"`, `"nodireft"`, `"consreft"` or
-            `"lobireft"`. The formulas stand in `peft_reft.tuner.interventions.formulas`. The paper's DiReFT is `"nodireft"`.
+            `"lobireft"`. The formulas stand in `peft_reft.tuner.interventions.formulas`. The paper's DiReFT is
+            `"nodireft"`.
         positions (`str`): Which tokens to edit: `"f7+l7"` (default) the first 7 and the last 7 tokens of the prompt,
             `"f3"`, `"l1"`, or `"all"` for every token, of the prompt or not.
-        share_weights (`bool`): Whether the first and the last tokens share their weights. Says nothing for
-            one-sided positions and `"all"`, which have one set of weights in any case.
+        share_weights (`bool`): Whether the first and the last tokens share their weights. Has no effect for one-sided
+            positions and `"all"`, which have one set of weights in any case.
         dropout (`float`): Probability of dropout on the edited state, in training only, as in pyreft.
-        act_fn (`str`, *optional*): Activation function of the source, by its name in transformers (`"gelu"`, ...).
+        act_fn (`str`, *optional*): Activation function of the source act(Wh + b), by its name in transformers
+            (`"gelu"`, ...). None: the identity.
         add_bias (`bool`): Whether to learn b. The source of consreft and lobireft is b itself, so they need it.
-        init_weights (`bool` or `"pyreft"`): True starts at the base model, exactly, wherever the formula allows it;
-            `"pyreft"`, or False, starts at pyreft's random weights.
+        init_weights (`bool` or `"pyreft"`): True (default): the adapted model starts with exactly the base model's
+            outputs, wherever the formula allows it. `"pyreft"`, or False: random weights, drawn as pyreft draws them.
         target_modules (`str` or `list[str]`, *optional*): The modules whose output is edited: names, or one regex, as
             in LoraConfig. Any module whose output is a tensor, or a tuple that starts with one. None takes the blocks
             of the model's main stack.
         exclude_modules (`str` or `list[str]`, *optional*): Names or one regex of modules to leave alone.
         layers_to_transform (`int` or `list[int]`, *optional*): Indices of the layers to edit, from 0. None edits all.
-        layers_pattern (`str` or `list[str]`, *optional*): Name of the list that those indices count in, where a model
-            has several.
-        rank_pattern (`dict[str, int]`): Ranks that differ from `r`, by the names or regexes of modules, as in LoraConfig:
-            `{"layers.0": 16, "layers.2[0-9]": 4}`. The first that matches the end of a module's name decides.
+        layers_pattern (`str` or `list[str]`, *optional*): Name of the list of modules that `layers_to_transform`
+            counts in, where a model has several.
+        rank_pattern (`dict[str, int]`): Ranks that differ from `r`, by the names or regexes of modules, as in
+            LoraConfig: `{"layers.0": 16, "layers.2[0-9]": 4}`. The first pattern that matches the end of a
+            module's name decides.
         modules_to_save (`list[str]`, *optional*): Modules to train and save whole, a classifier head for example.
-        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*): Tokens whose rows of the input embedding
-            are trained and saved too, new ones for example, as in LoraConfig; or such tokens by the name of an embedding.
-            An output layer that is tied to the embedding follows it.
-        response_template (`str` or `list[int]`, *optional*): What answers begin after: the end of every prompt as the model
-            sees it, `"<|im_start|>assistant\\n"` or `"### Response:"` for example, or its token ids. The prompts are then
-            known without labels: in preference training, in multi-turn conversations, everywhere alike. Text is found
-            however the tokenizer cuts it. Says nothing for `"all"`.
-        prompt_boundary (`str`): Of a conversation of several turns, `"first"` (default): its prompt is what comes before
-            the first answer. `"every"`: each turn has a prompt, whose last tokens are edited; first tokens are those of
-            the conversation.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*): Ids of tokens, new ones for
+            example, whose rows of the input embedding are trained and saved too, as in LoraConfig; or such ids by the
+            name of an embedding. An output layer that is tied to the embedding shares the trained rows.
+        response_template (`str` or `list[int]`, *optional*): The text, or its token ids, that stands before every
+            answer: the end of a prompt as the model sees it, `"<|im_start|>assistant\\n"` or `"### Response:"` for
+            example. ReFT then finds the prompts without labels, so they are the same in supervised training,
+            preference training, multi-turn conversations and generation. A text is found whichever way the tokenizer
+            splits it into tokens. Has no effect for `"all"`.
+        prompt_boundary (`str`): The prompts of a conversation of several turns. `"first"` (default): the tokens before
+            the first answer are its one prompt. `"every"`: each turn has a prompt, whose last tokens are edited; the
+            first tokens that are edited are the first of the conversation.
         tokenizer_name_or_path (`str`, *optional*): The tokenizer by which a text in `response_template` is found. None
             takes the base model's.
-        subspaces (`dict[str, int]`, *optional*): Splits the rank into named groups of directions, `{"style": 4, "facts":
-            4}` for r=8. An example trains and runs the groups that `subspaces` in its batch names.
-        width (`int`, *optional*): Width of the edited modules. Filled in when the adapter is made and checked when it
-            is loaded. Leave it out.
+        subspaces (`dict[str, int]`, *optional*): Splits the r directions into named subspaces, `{"style": 4, "facts":
+            4}` for r=8. An example trains and uses the subspaces that `subspaces` in its batch names.
+        width (`int`, *optional*): Width of the edited modules: the size of the last dimension of their output. ReFT
+            fills it in when the adapter is made and checks it when the adapter is loaded. Leave it out.
+
+    Raises:
+        ValueError: for a value that is not allowed, naming the field, the value, the allowed values and an example.
     """
 
     r: int = 8
@@ -213,8 +223,9 @@ class ReftConfig(PeftConfig):
             _reject("prompt_boundary", self.prompt_boundary, "'first' or 'every'", "prompt_boundary='every'")
         if self.prompt_boundary == "every" and template is None and not self.spec.all_tokens:
             warnings.warn(
-                "prompt_boundary='every' without response_template: labels tell the turns in training, but nothing tells them in "
-                "generate, which takes a whole conversation for one prompt. Set response_template for both to agree."
+                "prompt_boundary='every' without response_template: labels tell the turns in training, but nothing "
+                "tells them in generate, which takes a whole conversation for one prompt. Set response_template for "
+                "both to agree."
             )
 
     def _check_subspaces(self) -> None:
@@ -222,7 +233,7 @@ class ReftConfig(PeftConfig):
         if groups is None:
             return
         if isinstance(groups, list) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in groups):
-            self.subspaces = groups = dict(groups)  # as it is saved
+            self.subspaces = groups = dict(groups)  # to_dict saves it as a list of pairs
         named = isinstance(groups, dict) and bool(groups)
         if not named or any(not isinstance(name, str) or not name or "+" in name for name in groups):
             _reject(
@@ -275,10 +286,10 @@ class ReftConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
     ) -> PeftConfig:
-        """Load the config of a saved adapter, as PEFT does next to last when it loads an adapter.
+        """Load the config of a saved adapter. PEFT calls this before it changes the model and loads the weights.
 
-        Weights that lie beside it are checked against it, while nothing is changed yet. `PeftConfig.from_pretrained` reads the
-        config alone.
+        The weights file in the same folder is checked against the config, so that weights that do not fit raise an
+        error while the model is still unchanged. `PeftConfig.from_pretrained` reads the config alone.
 
         Raises:
             ValueError: when the config or the weights can't be read or do not fit each other, naming the file.
@@ -300,7 +311,7 @@ class ReftConfig(PeftConfig):
 
     @property
     def depends_on_batch(self) -> bool:
-        """Whether which rows are edited, or in which directions, depends on the batch."""
+        """Whether the batch decides which rows are edited, or in which directions."""
         return not self.spec.all_tokens or self.subspaces is not None
 
     def rules(self, tokenizer: Callable[[], Any], eos: Any, can_generate: bool) -> Rules:
@@ -309,10 +320,11 @@ class ReftConfig(PeftConfig):
         Args:
             tokenizer (`Callable[[], PreTrainedTokenizerBase]`): Gives the tokenizer, where a text template needs it.
             eos (`int` or `list[int]`, *optional*): The tokens at which the model's `generate` stops.
-            can_generate (`bool`): Whether the model can, which decides where the config has no task type.
+            can_generate (`bool`): Whether the model generates text. Decides, where the config has no task type,
+                whether labels are the tokens of answers.
 
         Raises:
-            ValueError: for a template of text that can't be found in the tokenizer's tokens.
+            ValueError: when the text of the template is not found in the tokens that the tokenizer makes of it.
         """
         template: IdTemplate | TextTemplate | None = None
         if isinstance(self.response_template, str):
@@ -339,7 +351,8 @@ class ReftConfig(PeftConfig):
         return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module_name), self.r)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as they are saved. PEFT sorts the keys of what it saves, and the order of subspaces has a meaning."""
+        """The fields as they are saved. `subspaces` becomes a list of pairs: PEFT sorts the keys of dictionaries, and
+        the order of the subspaces decides which directions each has."""
         fields = super().to_dict()
         if self.subspaces is not None:
             fields["subspaces"] = [list(pair) for pair in self.subspaces.items()]
@@ -347,11 +360,15 @@ class ReftConfig(PeftConfig):
 
     @property
     def asked_width(self) -> int | None:
-        """The width that the modules to edit must have: that of a saved adapter."""
+        """The width that the modules to edit must have: set by the user, or that of a saved adapter. None: any
+        width."""
         return None if self._width_is_noted else self.width
 
     def note_width(self, widths: set[int]) -> None:
-        """Note the width of the edited modules, to be saved. The same config may make an adapter of another width next."""
+        """Fill in `width`, so that it is saved: the width of the edited modules, or None where they have several.
+
+        A width that was filled in is no demand: the same config may make an adapter for a model of another width next.
+        """
         self._width_is_noted = self.asked_width is None
         self.width = next(iter(widths)) if len(widths) == 1 else None
 
@@ -365,7 +382,8 @@ def _reject(name: str, value: Any, allowed: str, example: str) -> None:
 
 
 def own_fields() -> dict[str, Field]:
-    """The fields that ReftConfig adds to PEFT's own, by name: the one table from which other lists of them are made."""
+    """The fields that ReftConfig adds to PEFT's own, by name: the one table from which other lists of them are
+    made."""
     return {
         one.name: one
         for one in fields(ReftConfig)

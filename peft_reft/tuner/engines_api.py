@@ -1,7 +1,9 @@
-"""What ReFT relies on in accelerate and DeepSpeed that is private: the marks by which they know what they have taken hold of.
+"""Private names of accelerate and DeepSpeed that ReFT relies on: the attributes with which they mark the modules and
+parameters that they manage.
 
-A mark under another name would be passed over in silence. So each is looked for in the code of the library that sets or reads it,
-accelerate's before the first adapter is made, DeepSpeed's before its first parameter is looked at.
+If a release renamed such an attribute, ReFT would find no mark and raise no error. So each name is looked for in the
+code of the library that sets or reads it: accelerate's before the first adapter is made, DeepSpeed's before the first
+parameter is examined for its marks.
 """
 
 from __future__ import annotations
@@ -26,16 +28,16 @@ except ImportError as error:
 __all__ = ["remove_hook_from_module"]
 
 HOOK = "_hf_hook"  # accelerate's hook on a module that it has offloaded, or spread over devices
-ZERO_3, ZERO_2 = "ds_id", "_hp_mapping"  # DeepSpeed's marks on parameters whose values it keeps
-PARALLELISM = "parallelism_config"  # in accelerate's shared state
+ZERO_3, ZERO_2 = "ds_id", "_hp_mapping"  # DeepSpeed's marks on the parameters of a ZeRO stage
+PARALLELISM = "parallelism_config"  # a key of accelerate's shared state
 
 
 @functools.cache
 def check_accelerate() -> None:
-    """Look for the pieces of accelerate that ReFT relies on, once.
+    """Check, once in a process, that accelerate has the names that ReFT relies on.
 
     Raises:
-        RuntimeError: naming the piece that is gone, and the versions known to work.
+        RuntimeError: naming the piece that the installed accelerate lacks, and the versions known to work.
     """
     _require_names("accelerate", add_hook_to_module, HOOK)
     _require_names("accelerate", AlignDevicesHook.__init__, "execution_device")
@@ -47,13 +49,18 @@ def check_accelerate() -> None:
 
 @functools.cache
 def check_deepspeed() -> None:
-    """The same for DeepSpeed, where a process has imported it."""
+    """Check, once in a process, that DeepSpeed has the names that ReFT relies on. DeepSpeed must be installed.
+
+    Raises:
+        RuntimeError: naming the piece that the installed DeepSpeed lacks, and the versions known to work.
+    """
     from deepspeed.utils import safe_get_full_fp32_param
 
     _require_names("deepspeed", safe_get_full_fp32_param, ZERO_3, ZERO_2)
 
 
 def _require_names(library: str, function: Any, *names: str) -> None:
+    """Raise a RuntimeError unless the code of a library's function mentions these names."""
     assert isinstance(function, FunctionType)
     code = function.__code__
     for name in names:
@@ -67,7 +74,7 @@ def has_hook(module: nn.Module) -> bool:
 
 
 def hooked_device(module: nn.Module) -> Any:
-    """The device to which accelerate's hooks on a module, or on its parts, bring weights. None: there is no such hook."""
+    """The device to which accelerate's hooks on a module, or on its parts, bring weights. None: no hook names one."""
     hooks = (vars(part).get(HOOK) for part in module.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     return next((device for device in devices if device is not None), None)
@@ -80,7 +87,7 @@ def splits_sequences() -> bool:
 
 
 def is_in_zero(parameter: Any) -> bool:
-    """Whether DeepSpeed keeps the values of a parameter. The marks are those by which its own `safe_get_full_fp32_param` goes."""
+    """Whether DeepSpeed's ZeRO owns the values of a parameter: it has a mark that `safe_get_full_fp32_param` reads."""
     if "deepspeed" not in sys.modules:
         return False
     check_deepspeed()

@@ -1,10 +1,10 @@
 """ReftLayer: wraps one module and edits its output.
 
-This module knows the parameters of one module's adapters, and how the module is wrapped. The hot path is in interventions/apply.py,
-the formulas in interventions/formulas.py, and which rows are edited comes from the state that the layers of a model share
-(forward/plan.py). A layer calls nothing above that.
+This module knows the parameters of one module's adapters, and how the module is wrapped. The hot path is in
+interventions/apply.py, the formulas are in interventions/formulas.py. A layer reads which rows to edit from the state
+that all layers of a model share (forward/plan.py), and calls nothing above that.
 
-Dimensions: B rows of the batch, S tokens of a row, G groups of weights, r rank, D width.
+Dimensions: B rows of the batch, S tokens of a row, G groups of weights, R rank, D width of the hidden state.
 """
 
 from __future__ import annotations
@@ -31,30 +31,35 @@ from .peft_api import BaseTunerLayer, _get_in_out_features, check_adapters_to_me
 
 
 class ReftLayer(nn.Module, BaseTunerLayer):
-    """Puts h + Rᵀc in place of the selected rows h of a module's output.
+    """Wraps a module, and replaces the selected rows h of its output by h + Rᵀc.
 
-    For LoReFT, c = Wh + b − Rh (arXiv 2404.03592, section 3.2); interventions/formulas.py has the six. Parameters,
-    float32 unless told otherwise: `reft_R` [G, r, D], `reft_W` [G, r, D] and `reft_b` [G, r], where G is 1 or, for
-    first and last tokens with weights of their own, 2. The edit is computed in their dtype and goes back in the base's.
+    `coefficients` in interventions/apply.py computes c and states LoReFT's formula in full; the table in
+    interventions/formulas.py has c of each of the six edits, with its source.
 
-    Public attributes that the wrapped module has and this one lacks are the wrapped module's, so that a model that reads
-    an attribute of its blocks still finds it. Not forwarded are marks that libraries put on a module to recognise it: private
-    attributes, accelerate's hooks among them, and the scheme by which compressed-tensors finds the layers to unpack.
+    Parameters, by adapter name: `reft_R` [G, R, D], `reft_W` [G, R, D] and `reft_b` [G, R], where G is 1 or, for first
+    and last tokens with weights of their own, 2. They are float32, unless the adapter was made with
+    `autocast_adapter_dtype=False`. The edit is computed in their dtype, and without gradients in bfloat16 where the
+    output is bfloat16; its result has the dtype of the output.
+
+    A public attribute that this layer lacks is read from the wrapped module, so that a model that reads an attribute
+    of its blocks still finds it. Not forwarded: marks that libraries put on a module to recognise it, namely private
+    attributes (accelerate's hooks among them) and `quantization_scheme`, by which compressed-tensors finds the layers
+    to unpack.
 
     Args:
         base_layer (`torch.nn.Module`): The module to wrap. Its output is a tensor [B, S, D] (any leading dimensions
             for `positions="all"`), or a tuple that starts with one.
-        state (`ModelState`): What the layers of the model share: the plan of the running forward above all.
-        name (`str`): Name of the module in the model, for messages.
-        is_block (`bool`): Whether the output is the hidden state of a layer of the model.
-        in_encoder (`bool`): Whether the module lies in the encoder of an encoder-decoder model, which has tokens of its own.
+        state (`ModelState`): The state that all ReftLayers of the model share. It holds the plan of the forward.
+        name (`str`): Name of the module in the model. The plan finds the layer by it, and messages show it.
+        is_block (`bool`): Whether the module is a block: its output is the hidden state of a layer of the model.
+        in_encoder (`bool`): Whether the module lies in the encoder of an encoder-decoder model, whose tokens are not
+            the decoder's.
     """
 
     adapter_layer_names = ("reft_R", "reft_W", "reft_b")
     other_param_names = ("reft_config", "reft_dropout")
-    cast_input_dtype_enabled = (
-        True  # PEFT's disable_input_dtype_casting asks every layer for it; an edit goes by its weights' dtype
-    )
+    # PEFT's disable_input_dtype_casting reads and sets this on every tuner layer. ReftLayer casts no input either way.
+    cast_input_dtype_enabled = True
 
     def __init__(
         self, base_layer: nn.Module, state: ModelState, name: str, is_block: bool, in_encoder: bool = False
@@ -65,17 +70,18 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.name = name
         self.is_block = is_block
         self.in_encoder = in_encoder
-        if isinstance(base_layer, (nn.Embedding, Conv1D)):  # other linear layers have them themselves
+        # PEFT reads these two. A linear layer has them, and __getattr__ forwards them; these two classes lack them.
+        if isinstance(base_layer, (nn.Embedding, Conv1D)):
             self.in_features: int | None
             self.out_features: int | None
             self.in_features, self.out_features = _get_in_out_features(base_layer)
         self.reft_R = nn.ParameterDict()
         self.reft_W = nn.ParameterDict()
         self.reft_b = nn.ParameterDict()
-        self.reft_dropout = nn.ModuleDict()  # modules, for trainers that look for them to switch them off
+        self.reft_dropout = nn.ModuleDict()  # modules, because trainers look for Dropout modules to switch dropout off
         self.reft_config: dict[str, ReftConfig] = {}
-        self._edits: dict[str, Edit] = {}  # without dropout, which is switched with the mode
-        self.merged_adapters = []  # the class has a list that all layers would share
+        self._edits: dict[str, Edit] = {}  # without dropout: train() and eval() switch that on and off
+        self.merged_adapters = []  # PEFT's is an attribute of the class: one list for all layers
         self._merged: list[MergedEdit] = []
         self.bases = Bases(self.reft_R, self.reft_config)
         self.register_state_dict_pre_hook(saving.before_layer)
@@ -83,20 +89,21 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.register_load_state_dict_pre_hook(nested.rename_loaded)
 
     def __getattr__(self, name: str) -> Any:
-        # Its own parts are asked for several times in every forward, so they come first.
+        # The layer's own submodules are read several times in every forward, so they are looked up first.
         own = self.__dict__.get("_modules", {}).get(name)
         if own is not None:
             return own
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # base_layer is not there yet while the module is being built or unpickled.
+            # While the module is built or unpickled, base_layer is not set yet, and reading it here would recurse.
             if name in ("base_layer", "quantization_scheme") or name.startswith("_"):
                 raise
             return getattr(self.base_layer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Replacing a part of the wrapped module by its name without the wrapper replaces that part."""
+        """Set a submodule of the wrapped module on the wrapped module: nested.py lists other methods' layers under
+        names without `base_layer.`, and code that replaces a module by such a name sets it here."""
         base_layer = self.__dict__.get("_modules", {}).get("base_layer")
         if base_layer is not None and name in base_layer._modules and name not in self._modules:
             setattr(base_layer, name, value)
@@ -109,13 +116,15 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         return nested.without_wrapper(super().named_modules(memo, prefix, remove_duplicate), self, prefix)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Casts and moves of the model, which change the parameters' data past their version counters."""
+        """Cast or move the module, as `nn.Module._apply` does. This changes the data of R, which no version counter
+        shows: R needs a retraction, and stacked weights are outdated."""
         self.bases.mark_all_stale()
         self.state.weights.forget()
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> Any:
-        """Callbacks that average weights swap them through `param.data`, which no version counter shows, around train() and eval()."""
+        """Set the mode, as `nn.Module.train` does. EMA and SWA callbacks swap weights through `param.data`, which no
+        version counter shows, around train() and eval(): so check R anew and drop stacked weights here."""
         self.bases.doubt_all()
         self.state.weights.forget()
         return super().train(mode)
@@ -123,13 +132,13 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     # -- adapters ----------------------------------------------------------------------------------------------------
 
     def update_layer(self, adapter_name: str, config: ReftConfig, rank: int, width: int) -> None:
-        """Add the weights of an adapter.
+        """Add the weights of an adapter, float32 and on the device of the wrapped module.
 
         Args:
-            adapter_name (`str`): Its name.
-            config (`ReftConfig`): Its configuration.
-            rank (`int`): r of this module.
-            width (`int`): D.
+            adapter_name (`str`): The name of the adapter.
+            config (`ReftConfig`): The configuration of the adapter.
+            rank (`int`): R, the rank of the edit of this module.
+            width (`int`): D, the size of the last dimension of the wrapped module's output.
         """
         intervention = INTERVENTIONS[config.intervention]
         shape = (config.groups, rank, width)
@@ -149,67 +158,75 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def adapters_in_use(self, mixed: Sequence[str] | None) -> list[LayerAdapter]:
-        """The adapters by which this layer edits now, in order: none where they are switched off or merged.
+        """The adapters by which this layer edits now, in order. Empty where they are switched off or merged.
 
-        It is asked once a forward.
+        forward/context.py calls this once a forward.
 
         Args:
-            mixed (`Sequence[str]`, *optional*): The adapters of a batch whose examples have each their own, in place of the active ones.
+            mixed (`Sequence[str]`, *optional*): The adapters of a mixed batch, which replace the active adapters.
+                None: the batch is not mixed.
+
+        Returns:
+            `list[LayerAdapter]`: The name, the edit and the parameters of each.
         """
-        if HOOK in vars(self.reft_R):
-            self.keep_weights()
+        reft_R: Any = self._modules["reft_R"]
+        if HOOK in vars(reft_R):
+            self.load_offloaded()
         if self.merged_adapters or self.disable_adapters:
             return []
-        known = self.reft_R._parameters
+        loaded = reft_R._parameters
         return [
             LayerAdapter(self.name, name, self.in_encoder, self._edit(name), *self.weights(name))
             for name in (self.active_adapters if mixed is None else mixed)
-            if name in known
+            if name in loaded
         ]
 
     def _edit(self, adapter_name: str) -> Edit:
-        """What an adapter does, with dropout as it is switched now."""
-        dropout = self.reft_dropout._modules[adapter_name]
-        assert isinstance(dropout, nn.Dropout)
-        edit = self._edits[adapter_name]
+        """The edit of an adapter, with dropout where its Dropout module is in training mode."""
+        edit, modules = self._edits[adapter_name], self._modules
+        dropout: Any = modules["reft_dropout"]._modules[adapter_name]  # type: ignore[union-attr]
         return Edit(edit.intervention, edit.act, dropout.p) if dropout.training and dropout.p > 0 else edit
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch the adapters on or off. Those that are merged are taken out of the weight first, for off to mean the base model."""
+        """Switch the adapters on or off. Off also unmerges them: the layer then computes what the base model does."""
         super().enable_adapters(enabled)
         if not enabled and self.merged_adapters:
             self.unmerge()
 
     def weights(self, adapter_name: str) -> Parameters:
-        """R, W and b of an adapter, where it has them."""
-        dicts = (self.reft_R, self.reft_W, self.reft_b)
-        # Past ParameterDict's own ways, which take their time: this is asked for every layer in every step. What DataParallel
-        # replicates has its parameters elsewhere.
-        R, W, b = (weights._parameters.get(adapter_name) for weights in dicts)
-        if R is None:
-            R, W, b = (weights[adapter_name] if adapter_name in weights else None for weights in dicts)
+        """R [G, R, D], W [G, R, D] and b [G, R] of an adapter. W and b are None where it does not have them."""
+        # Read `_modules` and `_parameters`: the lookups of Module and ParameterDict are slow, and every forward calls
+        # this for every layer. A replica of DataParallel has empty `_parameters`; there ParameterDict's lookup finds
+        # the tensors.
+        own: Any = self._modules
+        R = own["reft_R"]._parameters.get(adapter_name)
+        if R is not None:
+            return R, own["reft_W"]._parameters.get(adapter_name), own["reft_b"]._parameters.get(adapter_name)
+        R, W, b = (own[name][adapter_name] if adapter_name in own[name] else None for name in self.adapter_layer_names)
         assert R is not None
         return R, W, b
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Follow the wrapped module to its device, but not to its dtype: the weights stay float32."""
-        place = _computes_on(self.base_layer) if device is None else device
-        if place is not None:
-            self._convert(adapter_name, device=place)
+        """Move the weights of an adapter to the device of the wrapped module. Their dtype stays."""
+        new_device = _computes_on(self.base_layer) if device is None else device
+        if new_device is not None:
+            self._convert(adapter_name, device=new_device)
 
     def _convert(self, adapter_name: str, **to: Any) -> None:
+        """Convert the weights of an adapter as `Tensor.to` does."""
         for weights in (self.reft_R, self.reft_W, self.reft_b):
             if adapter_name in weights and not weights[adapter_name].is_meta:
                 old = weights[adapter_name]
                 new = old.to(**to)
-                if new is not old:  # else an optimizer may hold it
+                if new is not old:  # an unchanged parameter stays the same object: an optimizer may hold it
                     weights[adapter_name] = nn.Parameter(new, requires_grad=old.requires_grad)
         self.bases.mark_clean(adapter_name)
 
-    def keep_weights(self) -> None:
-        """Take back weights that accelerate has offloaded along with the model. Its hooks load the parameters of a module
-        when the module is called, and the dicts that hold these never are. They are small, and stay on the device."""
-        if not has_hook(self.reft_R):  # with a hook on one of the dicts there is one on each
+    def load_offloaded(self) -> None:
+        """Load weights that accelerate has offloaded with the model, and remove its hooks from them. Such a hook loads
+        a module's parameters when the module is called, and nobody calls a ParameterDict. The weights are small and
+        stay on the device from then on."""
+        if not has_hook(self.reft_R):  # accelerate hooks all three dicts or none
             return
         for weights in (self.reft_R, self.reft_W, self.reft_b):
             remove_hook_from_module(weights)
@@ -217,7 +234,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def cast_adapter_as_base(self, adapter_name: str) -> None:
-        """Give the weights of an adapter the dtype in which the wrapped module keeps its own, if it is one to compute in."""
+        """Cast the weights of an adapter to the first dtype of the wrapped module's parameters that edits can be
+        computed in. A module without such a dtype (8-bit and 4-bit weights) leaves them as they are."""
         dtypes = (parameter.dtype for parameter in self.base_layer.parameters())
         dtype = next((dtype for dtype in dtypes if dtype in WEIGHT_DTYPES), None)
         if adapter_name in self.reft_R and dtype is not None:
@@ -238,8 +256,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             adapter_names (`list[str]`, *optional*): The adapters, in the order in which they edit.
 
         Raises:
-            NotImplementedError: when an edit can't be folded in, saying why. Nothing is merged then.
-            ValueError: when it is to be safe and the result would not be finite.
+            NotImplementedError: when an edit can't be folded in, with the reason. Nothing is merged then.
+            ValueError: when `safe_merge` is set and the result would not be finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.reft_R]
         for name in names:
@@ -250,15 +268,16 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             self.merged_adapters.append(name)
 
     def refuse_merge(self, adapter_name: str) -> None:
-        """
+        """Check that an adapter can be merged into this layer.
+
         Raises:
-            NotImplementedError: when an adapter can't be merged into this layer.
+            NotImplementedError: when it can't, with the reason.
         """
         reason = obstacle(self, adapter_name)
         if reason is not None:
             raise NotImplementedError(
-                f"The adapter {adapter_name!r} can't be merged: {reason}. Keep the adapter loaded, or take it off with "
-                "`unload()`. The model is as it was."
+                f"The adapter {adapter_name!r} can't be merged: {reason}. Keep the adapter loaded, or take it off "
+                "with `unload()`. The model is as it was."
             )
 
     @property
@@ -267,7 +286,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         return any(edit.made_bias for edit in self._merged)
 
     def unmerge(self) -> None:
-        """Take merged edits out of the weight and the bias again, up to the rounding of their dtype."""
+        """Subtract merged edits from the weight and the bias, up to the rounding of their dtype."""
         if not self.merged:
             warnings.warn("Already unmerged, nothing to do.")
         while self._merged:
@@ -277,7 +296,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     # -- forward -----------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # A decode step with nothing to edit goes past this module, unless somebody listens to it.
+        # In a decode step with nothing to edit, call the wrapped module directly: nn.Module.__call__ costs time. A
+        # module with hooks takes the long way, so that the hooks run.
         if self.state.call.skipped and not (self._forward_hooks or self._forward_pre_hooks):
             return self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
         return super().__call__(*args, **kwargs)
@@ -287,28 +307,30 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         jobs = None if planned is None else planned.get(self.name)
         if jobs is None:
             jobs = self._unplanned_jobs()
-        output = self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]  # without the search of __getattr__
+        # Read `_modules`: `self.base_layer` would go through __getattr__, which is slower.
+        output = self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
         if not jobs:
             return output
         h = output[0] if isinstance(output, tuple) else output
         if not isinstance(h, Tensor):
             raise TypeError(
-                f"{self.name!r} returns {type(h).__name__}. ReFT edits modules that return a tensor, or a tuple that starts "
-                "with one: choose another module in target_modules."
+                f"{self.name!r} returns {type(h).__name__}. ReFT edits modules that return a tensor, or a tuple that "
+                "starts with one: choose another module in target_modules."
             )
-        # The output of a block is edited in place, which saves a copy and lets whoever has taken hold of the hidden
-        # state see the edit: transformers collects `hidden_states` with hooks on the wrapped block. Autograd allows it
-        # for any operation that does not keep its own result, and says so when one does.
+        # The output of a block is edited in place. That saves a copy, and transformers, which collects `hidden_states`
+        # with hooks on the wrapped block, then collects the edited state. Autograd allows a write to the result of any
+        # operation that does not save this result for backward, and raises an error in backward where one does.
         writable = not torch.is_grad_enabled() or _may_be_written(h)
         owned = self.is_block and writable and not _is_among(h, args, kwargs.values())
         h = edit_state(h, jobs, self.weights, owned)
         return (h, *output[1:]) if isinstance(output, tuple) else h
 
     def _unplanned_jobs(self) -> tuple[Job, ...]:
-        """The jobs of this layer where no plan has it: it runs outside any forward, which is possible where all tokens are edited.
+        """The jobs of this layer when it runs outside any forward of the model, without a plan. That works where each
+        adapter edits all tokens in all directions.
 
         Raises:
-            RuntimeError: where not all tokens are, so that the tokens to edit are unknown.
+            RuntimeError: where an adapter does not, so that the tokens or the directions to edit are unknown.
         """
         call = self.state.call
         if call.skipped:
@@ -316,17 +338,17 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         in_use = self.adapters_in_use(None if call.mixed is None else call.mixed.adapters)
         if any(self.reft_config[adapter.adapter_name].depends_on_batch for adapter in in_use):
             raise RuntimeError(
-                f"{self.name!r} ran without a Selection: it was called outside a forward of the whole model, so ReFT can't "
-                "know which tokens to edit. Call the PeftModel (or its base model), not a part of it. If the call came "
-                "from the backward pass of activation checkpointing, leave target_modules out: whole blocks are edited "
-                "outside the part that is recomputed."
+                f"{self.name!r} ran without a Selection: it was called outside a forward of the whole model, so ReFT "
+                "can't know which tokens to edit. Call the PeftModel (or its base model), not a part of it. If the "
+                "call came from the backward pass of activation checkpointing, leave target_modules out: whole blocks "
+                "are edited outside the part that is recomputed."
             )
         return unplanned(in_use, call.mixed)
 
 
 def _computes_on(module: nn.Module) -> torch.device | str | int | None:
-    """The device of a module's forward. The weights of an offloaded module lie on the meta device between two forwards,
-    and accelerate's hooks know where they are taken."""
+    """The device on which a module computes: that of its first parameter. An offloaded module has its parameters on
+    the meta device between two forwards; then accelerate's hook names the device. None: neither names one."""
     for parameter in module.parameters():
         if not parameter.is_meta:
             return parameter.device
@@ -334,19 +356,19 @@ def _computes_on(module: nn.Module) -> torch.device | str | int | None:
 
 
 def _is_among(h: Tensor, *arguments: Iterable[Any]) -> bool:
-    """Whether the wrapped module passes on an argument of its own."""
-    for some in arguments:
-        for argument in some:
+    """Whether the output h is one of the module's arguments: it then belongs to the caller and must not change."""
+    for values in arguments:
+        for argument in values:
             if argument is h:
                 return True
     return False
 
 
 def _may_be_written(h: Tensor) -> bool:
-    """Whether autograd lets a tensor be changed in place: leaves that need a gradient, and views that a custom function
-    returns (reentrant checkpointing, module backward hooks), it does not."""
+    """Whether autograd allows a write to a tensor. It refuses for leaves that require a gradient, and for views that a
+    custom function returns (reentrant checkpointing and module backward hooks make such views)."""
     if torch.compiler.is_compiling():
-        return True  # a compiled graph has its own way with writes, and no views out of custom functions
+        return True  # torch.compile turns writes into new tensors, and its graph has no views out of custom functions
     if h.grad_fn is None:
         return not h.requires_grad
     return not (h._is_view() and isinstance(h.grad_fn, torch.autograd.function.BackwardCFunction))

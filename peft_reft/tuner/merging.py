@@ -1,11 +1,11 @@
-"""Merging: an edit that is an affine map of a linear layer's output, folded into the layer's weight and bias.
+"""Merging: folds an edit, where it is an affine map of a linear layer's output, into the layer's weight and bias.
 
-Without an activation function every edit is h + Rᵀ(Mh + c), with M and c as in interventions.py. Where it is made of every
-token, and h = Ax + a is the output of a linear layer, the layer with weight A + RᵀMA and bias a + Rᵀ(Ma + c) gives the edited
-states by itself. This module knows that algebra, and which layers it holds for. Which layers to merge, and when, is left to
-PEFT and to model.py.
+Without an activation function every edit is h + Rᵀ(Mh + b), with M and b as `affine_form` in
+interventions/formulas.py returns them. If the adapter edits every token, and h = Ax + a is the output of a linear
+layer, then the layer with weight A + RᵀMA and bias a + Rᵀ(Ma + b) computes the edited states by itself. This module
+knows that algebra, and for which layers it holds. PEFT and model.py decide which layers are merged, and when.
 
-Dimensions: R rank, D width of the output, I of the input.
+Dimensions: G groups of weights (1 in a merge), R rank, D width of the output, I width of the input.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from .engines_api import has_hook
 from .forward.transformers_api import Conv1D
-from .interventions.formulas import INTERVENTIONS, WEIGHT_DTYPES, activation, affine_source
+from .interventions.formulas import INTERVENTIONS, WEIGHT_DTYPES, activation, affine_form
 from .peft_api import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
 
 
-class Layer(Protocol):
-    """What is asked of a ReftLayer. Most of it is PEFT's BaseTunerLayer's."""
+class MergeableLayer(Protocol):
+    """The part of a ReftLayer that merging reads and calls. PEFT's BaseTunerLayer defines most of it."""
 
     name: str
     base_layer: Any
@@ -46,13 +46,13 @@ class Layer(Protocol):
 
 @dataclass
 class MergedEdit:
-    """What merging added to a layer, to be taken away again.
+    """The change that merging made to a layer, which unmerging subtracts.
 
     Args:
-        R_RD (`torch.Tensor`): The basis as it was when the edit was merged.
-        added_RI (`torch.Tensor`): MA: the weight has RᵀMA added.
-        added_R (`torch.Tensor`): Ma + c: the bias has Rᵀ(Ma + c) added.
-        made_bias (`bool`): Whether the layer had no bias before.
+        R_RD (`torch.Tensor`): [R, D], R as it was when the edit was merged.
+        added_RI (`torch.Tensor`): [R, I], MA: merging added RᵀMA to the weight.
+        added_R (`torch.Tensor`): [R], Ma + b: merging added Rᵀ(Ma + b) to the bias.
+        made_bias (`bool`): Whether the layer had no bias and merging gave it one.
     """
 
     R_RD: Tensor
@@ -61,13 +61,13 @@ class MergedEdit:
     made_bias: bool
 
 
-def obstacle(layer: Layer, adapter_name: str) -> str | None:
-    """What keeps an adapter from being merged into a layer. None: nothing does."""
+def obstacle(layer: MergeableLayer, adapter_name: str) -> str | None:
+    """The reason why an adapter can't be merged into a layer, for an error message. None: it can be merged."""
     config, base = layer.reft_config[adapter_name], layer.base_layer
     if not config.spec.all_tokens:
         return (
-            "it edits hidden states at chosen positions, and no change of a weight does that, since a weight acts on every "
-            "token alike"
+            "it edits hidden states at chosen positions, and no change of a weight does that, since a weight acts on "
+            "every token alike"
         )
     if config.subspaces is not None:
         return "it has subspaces, which examples choose for themselves"
@@ -80,16 +80,20 @@ def obstacle(layer: Layer, adapter_name: str) -> str | None:
         return f"PEFT can't unpack the quantized weight of {layer.name!r} ({backend.backend_name})"
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         return (
-            f"bitsandbytes has packed the weight of {layer.name!r} for the CPU, at a forward in evaluation mode, and can't unpack "
-            "it. Merge right after loading"
+            f"bitsandbytes has packed the weight of {layer.name!r} for the CPU, at a forward in evaluation mode, and "
+            "can't unpack it. Merge right after loading"
         )
     if backend is not None:
         return None
-    # A layer with a forward of its own computes something else from its weight. accelerate's hooks leave it as it is.
+    # A forward that was set on the instance may compute anything from the weight. accelerate's hooks set one too, but
+    # it computes what the class's does.
     own_forward = "forward" in vars(base) and not has_hook(base)
     if type(base).forward not in (nn.Linear.forward, Conv1D.forward) or own_forward or weight is None:
         changed = " with a forward of its own" if own_forward else ""
-        return f"{layer.name!r} is a {type(base).__name__}{changed}, and only the output of a linear layer can be folded into a weight"
+        return (
+            f"{layer.name!r} is a {type(base).__name__}{changed}, and only the output of a linear layer can be folded "
+            "into a weight"
+        )
     if type(weight.data) is not Tensor or weight.dtype not in WEIGHT_DTYPES:
         kind = type(weight.data).__name__
         return (
@@ -99,13 +103,14 @@ def obstacle(layer: Layer, adapter_name: str) -> str | None:
 
 
 def refuse_shared_weights(model: nn.Module, to_merge: dict[str, nn.Module]) -> None:
-    """
+    """Check that no other module uses a weight that merging would change.
+
     Args:
         model (`torch.nn.Module`): The whole model.
-        to_merge (`dict[str, torch.nn.Module]`): The layers to merge into, by name.
+        to_merge (`dict[str, torch.nn.Module]`): The linear layers to merge into, by the names of their ReftLayers.
 
     Raises:
-        NotImplementedError: when a weight is also that of another module, which would change with it.
+        NotImplementedError: when another module shares such a weight.
     """
     merging = {id(getattr(base, "weight", None)): name for name, base in to_merge.items()}
     for other, module in model.named_modules():
@@ -114,48 +119,54 @@ def refuse_shared_weights(model: nn.Module, to_merge: dict[str, nn.Module]) -> N
             if name is not None and module is not to_merge[name]:
                 raise NotImplementedError(
                     f"Merging into {name!r} would change {other!r} too: they share a weight. Load the base model with "
-                    "tie_word_embeddings=False and a copy of the weight, or keep the adapter loaded. The model is as it was."
+                    "tie_word_embeddings=False and a copy of the weight, or keep the adapter loaded. The model is as "
+                    "it was."
                 )
 
 
-def warn_of_new_biases(layers: Iterable[Layer]) -> None:
-    """Say which linear layers merging has given a bias, for a saved model may have no place for it."""
+def warn_of_new_biases(layers: Iterable[MergeableLayer]) -> None:
+    """Warn where merging gave linear layers a bias: an architecture without these biases drops them on loading."""
     names = [layer.name for layer in layers if layer.gained_bias]
     if names:
         warnings.warn(
-            f"{names[0]!r} had no bias, and has one now (layers so changed: {len(names)}). If the architecture has no place for it, "
-            "from_pretrained drops it from a saved copy of this model. Train with add_bias=False to merge without a bias."
+            f"{names[0]!r} had no bias, and has one now (layers so changed: {len(names)}). If the architecture has no "
+            "place for it, from_pretrained drops it from a saved copy of this model. Train with add_bias=False to "
+            "merge without a bias."
         )
 
 
 def quantization_backend(target: nn.Module, model: nn.Module) -> QuantizationBackend | None:
-    """What PEFT knows of a linear layer's quantization. None: it is not quantized, or in a way unknown to PEFT."""
-    if not hasattr(target, "out_features"):  # only linear layers are ever merged
+    """PEFT's backend for the quantization of a linear layer: it unpacks the weight and packs it again. None: the layer
+    is not quantized, or in a way that PEFT does not know."""
+    if not hasattr(target, "out_features"):  # no linear layer: it is never merged
         return None
     try:
         return resolve_quantization_backend(target, **get_quantization_kwargs(model))
-    except ValueError:  # torchao's layers outside transformers do not say how to quantize them again
+    except ValueError:  # a layer that torchao quantized without transformers does not say how to quantize it again
         return None
 
 
-def merge_edit(layer: Layer, adapter_name: str, safe: bool) -> MergedEdit:
-    """Fold the edit of an adapter into the weight and the bias of the linear layer below.
+def merge_edit(layer: MergeableLayer, adapter_name: str, safe: bool) -> MergedEdit:
+    """Fold the edit of an adapter into the weight and the bias of the linear layer that a ReftLayer wraps.
 
     Args:
-        layer (`ReftLayer`): The layer, of which `obstacle` says that it can be merged.
+        layer (`ReftLayer`): The layer. `obstacle` has returned None for it.
         adapter_name (`str`): The adapter.
-        safe (`bool`): Whether to look for NaN and infinities first.
+        safe (`bool`): Whether to look for NaN and infinities before the layer is changed.
+
+    Returns:
+        `MergedEdit`: The change, for `unmerge_edit`.
 
     Raises:
-        ValueError: when it is to be safe and finds some. The layer is as it was then.
+        ValueError: when `safe` is set and the result holds NaN or infinities. The layer is then unchanged.
     """
     R_GRD, W_GRD, b_GR = layer.weights(adapter_name)
-    M_GRD, c_GR = affine_source(INTERVENTIONS[layer.reft_config[adapter_name].intervention], R_GRD, W_GRD, b_GR)
+    M_GRD, constant_GR = affine_form(INTERVENTIONS[layer.reft_config[adapter_name].intervention], R_GRD, W_GRD, b_GR)
     A_DI, bias = _weight(layer), getattr(layer.base_layer, "bias", None)
     R_RD = R_GRD[0].detach().clone()
-    none_R = R_RD.new_zeros(R_RD.shape[0])
+    zero_R = R_RD.new_zeros(R_RD.shape[0])
     added_RI = R_RD.new_zeros(R_RD.shape[0], A_DI.shape[1]) if M_GRD is None else M_GRD[0] @ A_DI.to(R_RD.dtype)
-    added_R = none_R if c_GR is None else c_GR[0]
+    added_R = zero_R if constant_GR is None else constant_GR[0]
     if M_GRD is not None and bias is not None:
         added_R = added_R + M_GRD[0] @ bias.to(R_RD.dtype)
     edit = MergedEdit(R_RD, added_RI.detach(), added_R.detach(), made_bias=bias is None and bool(added_R.any()))
@@ -163,27 +174,27 @@ def merge_edit(layer: Layer, adapter_name: str, safe: bool) -> MergedEdit:
     return edit
 
 
-def unmerge_edit(layer: Layer, edit: MergedEdit) -> None:
-    """Take what `merge_edit` has added away again."""
+def unmerge_edit(layer: MergeableLayer, edit: MergedEdit) -> None:
+    """Subtract from the weight and the bias what `merge_edit` added."""
     _add(layer, _weight(layer), edit, -1.0, safe=False)
 
 
 @torch.no_grad()
-def _add(layer: Layer, A_DI: Tensor, edit: MergedEdit, sign: float, safe: bool) -> None:
-    """Add an edit to the weight and the bias of the base layer, or with sign −1 take it away."""
+def _add(layer: MergeableLayer, A_DI: Tensor, edit: MergedEdit, sign: float, safe: bool) -> None:
+    """Add a merged edit to the weight and the bias of the base layer (sign 1), or subtract it (sign −1)."""
     bias: Any = getattr(layer.base_layer, "bias", None)
     R_DR = edit.R_RD.to(A_DI.device).mT
     weight_DI = (A_DI.to(R_DR.dtype) + sign * (R_DR @ edit.added_RI.to(A_DI.device))).to(A_DI.dtype)
     bias_D = sign * (R_DR @ edit.added_R.to(A_DI.device))
     if safe and not (weight_DI.isfinite().all() and bias_D.isfinite().all()):
         raise ValueError(
-            f"NaNs detected in the merged weights, or infinity, of {layer.name!r}. The adapter seems to be broken. The layer is as "
-            "it was."
+            f"NaNs detected in the merged weights, or infinity, of {layer.name!r}. The adapter seems to be broken. "
+            "The layer is as it was."
         )
     if bias is not None:
         bias_D = (bias.to(R_DR.dtype) + bias_D).to(bias.dtype)
     _set_weight(layer, weight_DI)
-    base = layer.base_layer  # some kinds of quantized layer are replaced as a whole
+    base = layer.base_layer  # read again: for some kinds of quantized layer, _set_weight replaces it
     if edit.made_bias:
         base.bias = nn.Parameter(bias_D.to(A_DI.dtype), requires_grad=False) if sign > 0 else None
     elif isinstance(bias, nn.Parameter):
@@ -193,11 +204,11 @@ def _add(layer: Layer, A_DI: Tensor, edit: MergedEdit, sign: float, safe: bool) 
         base.bias = bias_D
 
 
-def _weight(layer: Layer) -> Tensor:
-    """The weight of the linear layer below, [D, I], unpacked if it is quantized."""
+def _weight(layer: MergeableLayer) -> Tensor:
+    """The weight [D, I] of the wrapped linear layer, unpacked if it is quantized."""
     weight = layer.get_base_weight()
     return weight.mT if isinstance(layer.base_layer, Conv1D) else weight
 
 
-def _set_weight(layer: Layer, weight_DI: Tensor) -> None:
+def _set_weight(layer: MergeableLayer, weight_DI: Tensor) -> None:
     layer.set_base_weight(weight_DI.mT.contiguous() if isinstance(layer.base_layer, Conv1D) else weight_DI)

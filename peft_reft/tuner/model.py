@@ -1,4 +1,4 @@
-"""ReftModel: puts ReftLayers into a model, and takes them out again."""
+"""ReftModel: wraps the modules to edit in ReftLayers, and unwraps, merges and mixes adapters."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ from .positions.spec import Rules
 from .targets import Target, find_targets, not_a_target, target_of
 
 
-# TRL's preference trainers, given a PeftModel, add an adapter "ref" and copy weights to it by names with ".default." in them.
+# TRL's preference trainers, given a PeftModel, add an adapter "ref" and copy to it the weights whose names contain
+# ".default.". ReFT's names end in ".default", so no weight of ReFT is copied.
 TRL_REFERENCE = (
-    "An adapter named 'ref' was added beside 'default', with weights of its own. If a trainer of TRL made it, to be the reference of "
-    "a trained adapter, it does not find ReFT's weights to copy. Copy them: set_peft_model_state_dict(model, "
-    "get_peft_model_state_dict(model), adapter_name='ref')."
+    "An adapter named 'ref' was added beside 'default', with weights of its own. If a trainer of TRL made it, to be "
+    "the reference of a trained adapter, it does not find ReFT's weights to copy. Copy them: "
+    "set_peft_model_state_dict(model, get_peft_model_state_dict(model), adapter_name='ref')."
 )
 
 
@@ -37,13 +38,19 @@ class ReftModel(BaseTuner):
     """Creates a Representation Finetuning (ReFT) model from a pretrained model: arXiv 2404.03592.
 
     Args:
-        model (`torch.nn.Module`): The model to adapt. It is changed in place, and frozen.
+        model (`torch.nn.Module`): The model to adapt. Its modules are wrapped in place, and its parameters frozen.
         config (`ReftConfig`): The configuration of the adapter.
         adapter_name (`str`): The name of the adapter, `"default"` by default.
-        low_cpu_mem_usage (`bool`): Create the weights on the meta device, to be loaded next.
+        low_cpu_mem_usage (`bool`): Create the adapter's weights on the meta device, for weights that are loaded next.
 
     Returns:
         `torch.nn.Module`: The ReFT model.
+
+    Raises:
+        ValueError: when the modules to edit can't be found or do not fit the config, or when an adapter of another
+            method has the same name.
+        NotImplementedError: when the model can't be adapted in its present state, with the reason and the way out.
+        RuntimeError: when transformers, PEFT or accelerate lacks a name that ReFT relies on.
 
     Example:
 
@@ -59,13 +66,13 @@ class ReftModel(BaseTuner):
 
     prefix: str = "reft_"
     tuner_layer_cls = ReftLayer
-    target_module_mapping: dict[str, list[str]] = {}  # blocks are found by structure
+    target_module_mapping: dict[str, list[str]] = {}  # empty: main_stack finds the blocks of any architecture
 
     def __init__(self, model: Any, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_transformers()
         check_peft()
         check_accelerate()
-        if isinstance(model, PeftModel):  # LoRA, for example, to be trained with ReFT: both then stand side by side
+        if isinstance(model, PeftModel):  # a model with LoRA, for example: ReFT then joins LoRA on the same base model
             model = model.get_base_model()
         for name, other in getattr(model, "peft_config", {}).items():
             if other.peft_type != NAME:
@@ -75,7 +82,7 @@ class ReftModel(BaseTuner):
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # Through __call__, for its hooks: PEFT 0.20 calls `self.model.forward`.
+        # Call the model, not its forward as PEFT 0.20 does: the hooks of forward/context.py run only in __call__.
         return self.model(*args, **kwargs)
 
     @property
@@ -88,8 +95,8 @@ class ReftModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if not adapter_name or "." in adapter_name:
             raise ValueError(
-                f"adapter_name={adapter_name!r} is not possible: PEFT makes it a part of the names of parameters, where a dot "
-                "separates modules. Choose a name without dots."
+                f"adapter_name={adapter_name!r} is not possible: PEFT makes it a part of the names of parameters, "
+                "where a dot separates modules. Choose a name without dots."
             )
         if adapter_name == "ref" and "default" in self.peft_config:
             warnings.warn(TRL_REFERENCE)
@@ -103,7 +110,12 @@ class ReftModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:  # type: ignore[override]
-        """Find what to edit, and refuse what can't be done, before anything is changed."""
+        """Find the modules to edit, and raise what speaks against it, before anything is changed.
+
+        Raises:
+            NotImplementedError: when the base model is sharded, or is on disk and has lost accelerate's hooks.
+            ValueError: when the modules can't be found, or the config does not fit them.
+        """
         if not peft_config.inference_mode:
             refuse_sharded_base(model)
         _refuse_unhooked(model)
@@ -115,7 +127,7 @@ class ReftModel(BaseTuner):
         self._encoder_modules = set() if encoder is None else set(encoder.modules())
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        """Freeze the base model, and leave adapters of other methods as they are."""
+        """Freeze the base model. Trainable parameters of other methods' adapters stay trainable."""
         layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, ReftLayer)]
         trained = [parameter for layer in layers for parameter in layer.parameters() if parameter.requires_grad]
         super()._mark_only_adapters_as_trainable(model)
@@ -123,10 +135,11 @@ class ReftModel(BaseTuner):
             parameter.requires_grad = True
 
     def _include_all_linear_layers(self, peft_config: ReftConfig, model: nn.Module) -> None:
-        """Resolve "all-linear". PEFT knows a linear layer that another adapter edits already by the wrapper's name alone."""
-        asked = peft_config.target_modules
+        """Resolve "all-linear". PEFT does not recognise a linear layer that a ReftLayer of another adapter wraps, so
+        those are added here."""
+        given = peft_config.target_modules
         _maybe_include_all_linear_layers(peft_config, model)
-        if isinstance(asked, str) and isinstance(found := peft_config.target_modules, set):
+        if isinstance(given, str) and isinstance(found := peft_config.target_modules, set):
             output = getattr(model, "get_output_embeddings", lambda: None)()
             for name, module in model.named_modules():
                 wrapped = isinstance(module, ReftLayer) and isinstance(module.get_base_layer(), (nn.Linear, Conv1D))
@@ -146,7 +159,7 @@ class ReftModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        # A key of a state dict that is injected by may be none that the config names.
+        # PEFT can also inject by the keys of a state dict. Such a key may be a module that the config does not name.
         found = self._targets.get(current_key) or target_of(self.model, peft_config, current_key)
         if isinstance(target, ReftLayer):
             target.update_layer(adapter_name, peft_config, found.rank, found.width)
@@ -156,7 +169,7 @@ class ReftModel(BaseTuner):
         layer.quantization_backend = quantization_backend(target, self.model)
         layer.update_layer(adapter_name, peft_config, found.rank, found.width)
         if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # a further adapter is not trainable until it is set
+            layer.requires_grad_(False)  # as PEFT does: a second adapter is frozen until set_adapter names it
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -164,20 +177,22 @@ class ReftModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Weights are made in float32. Told not to, give them the dtype of what they edit."""
+        """Cast the weights to the dtype of the modules that they edit, if `autocast_adapter_dtype` is False. They are
+        made in float32 and stay in it otherwise."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype:
             for layer in self._layers:
                 layer.cast_adapter_as_base(adapter_name)
 
-    # -- saving and loading --------------------------------------------------------------------------------------------
+    # -- saving and loading -------------------------------------------------------------------------------------------
 
     @classmethod
     def _get_adapter_state_dict(
         cls, model: Any, config: PeftConfig, adapter_name: str, state_dict: dict[str, Any], *_: Any, **__: Any
     ) -> dict[str, Any]:
-        """The adapter's part of a state dict that is without other adapters. PEFT finds it by the names of modules, to which
-        FSDP's activation checkpointing adds: an adapter inside a checkpointed block would be saved empty."""
+        """The tensors of ReFT in a state dict from which PEFT has removed other adapters. PEFT's own method compares
+        keys with the names of modules, to which FSDP's activation checkpointing adds a prefix: it would save an
+        adapter inside a checkpointed block empty."""
         return {
             key: value for key, value in state_dict.items() if f".{cls.prefix}" in key or key.startswith(cls.prefix)
         }
@@ -186,13 +201,14 @@ class ReftModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Any]
     ) -> dict[str, Any]:
-        """PEFT 0.21 calls this with what is to be loaded as an adapter. PEFT 0.20 does not say which adapter that is."""
-        base: Any = super()  # whose type PEFT 0.20 does not have it in
+        """Check the names of tensors before they are loaded as an adapter. PEFT calls this from 0.21 on; 0.20 does not
+        say which adapter it loads."""
+        base: Any = super()  # Any: the class has no such method in PEFT 0.20
         remapped = base._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_names(model, config, adapter_name, remapped)
         return remapped
 
-    # -- merging and removal -------------------------------------------------------------------------------------------
+    # -- merging and removal ------------------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._refuse_merge(adapter_names, safe_merge)
@@ -214,10 +230,9 @@ class ReftModel(BaseTuner):
         return model
 
     def _take_off(self) -> nn.Module:
-        """Put every wrapped module back in its place. PEFT's own way takes layers of other methods off with ReFT's."""
-        for name, module in reversed(
-            list(self.model.named_modules())
-        ):  # from the inside, where names hold the longest
+        """Put every wrapped module back. PEFT's own method would remove the layers of other methods, too."""
+        # Inner modules first: the name of a module is invalid as soon as the ReftLayer around it is gone.
+        for name, module in reversed(list(self.model.named_modules())):
             parent, _, last = name.rpartition(".")
             if isinstance(module, ReftLayer):
                 setattr(self.model.get_submodule(parent), last, module.base_layer)
@@ -232,7 +247,12 @@ class ReftModel(BaseTuner):
         return self.model
 
     def _refuse_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Find every obstacle to merging before the first layer is changed."""
+        """Raise any obstacle to merging before the first layer is changed.
+
+        Raises:
+            NotImplementedError: when a layer can't take an edit in, or shares its weight with another module.
+            ValueError: when an adapter is not loaded, or, with `safe_merge`, when its weights are not finite.
+        """
         names = self.active_adapters if adapter_names is None else adapter_names
         unknown = sorted(set(names) - set(self.peft_config))
         if unknown:
@@ -244,28 +264,33 @@ class ReftModel(BaseTuner):
             layer.refuse_merge(name)
             if safe_merge and not all(weight is None or weight.isfinite().all() for weight in layer.weights(name)):
                 raise ValueError(
-                    f"NaNs detected in the merged weights, or infinity: the adapter {name!r} seems to be broken in {layer.name!r}. "
-                    "Nothing was merged."
+                    f"NaNs detected in the merged weights, or infinity: the adapter {name!r} seems to be broken in "
+                    f"{layer.name!r}. Nothing was merged."
                 )
         refuse_shared_weights(self.model, {layer.name: layer.get_base_layer() for layer, _ in targets})
         backends = {layer.quantization_backend.backend_name for layer, _ in targets if layer.quantization_backend}
         if backends:
             warnings.warn(
-                f"Merged weights are rounded to {', '.join(sorted(backends))} again, which changes more than the edit asks for, and "
-                "unmerging does not bring the base's own weights back to the bit. Merge into an unquantized base where it matters."
+                f"Merged weights are rounded to {', '.join(sorted(backends))} again, which changes more than the edit "
+                "asks for, and unmerging does not bring the base's own weights back to the bit. Merge into an "
+                "unquantized base where it matters."
             )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
-        """PEFT's `adapter_names`: an adapter for each example of the calls within."""
+        """Calls inside this context use an adapter for each example of the batch, PEFT's `adapter_names`.
+
+        Raises:
+            ValueError: when adapters are merged, the model is in training mode, or an adapter is not loaded.
+        """
         if adapter_names is None:
             yield
             return
         merged = sorted({name for layer in self._layers for name in layer.merged_adapters})
         if merged:
             raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. Merged are: "
-                f"{', '.join(merged)}."
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. "
+                f"Merged are: {', '.join(merged)}."
             )
         if self.training:
             raise ValueError(
@@ -276,52 +301,61 @@ class ReftModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        # PEFT takes the next adapter from the first layer, where there may be none: adapters edit different layers.
+        # PEFT activates the next adapter that the first layer has, and none if it has none. But adapters may edit
+        # different layers, so activate the first adapter that is left.
         if not self.active_adapters and self.peft_config:
             self.set_adapter(next(iter(self.peft_config)))
 
 
 def _refuse_beside(other: PeftConfig, name: str, adapter_name: str) -> None:
-    """
+    """Check that a ReFT adapter can stand beside an adapter of another method on the same model.
+
+    Args:
+        other (`PeftConfig`): The config of the adapter that is on the model.
+        name (`str`): Its name.
+        adapter_name (`str`): The name of the new ReFT adapter.
+
     Raises:
-        ValueError: when an adapter of another method on the model has the name of the new one.
-        NotImplementedError: when it has modules of its own that are switched to one adapter at a time.
+        ValueError: when both have the same name.
+        NotImplementedError: when the other adapter trains modules that serve one adapter at a time.
     """
     if name == adapter_name:
         raise ValueError(
-            f"adapter_name={adapter_name!r} is that of a {other.peft_type} adapter on the model. Give each a name of its own, such "
-            "as adapter_name='lora' and adapter_name='reft'."
+            f"adapter_name={adapter_name!r} is that of a {other.peft_type} adapter on the model. Give each a name of "
+            "its own, such as adapter_name='lora' and adapter_name='reft'."
         )
     for field in ("modules_to_save", "trainable_token_indices"):
         if getattr(other, field, None):
             raise NotImplementedError(
-                f"The adapter {name!r} on the model has {field}={getattr(other, field)!r}, which would be switched off with the "
-                f"switch to {adapter_name!r}. Set {field} in ReftConfig instead; PEFT sets modules_to_save by itself where a config "
-                "has task_type SEQ_CLS, TOKEN_CLS or QUESTION_ANS, so leave that to ReftConfig, too."
+                f"The adapter {name!r} on the model has {field}={getattr(other, field)!r}, which would be switched "
+                f"off with the switch to {adapter_name!r}. Set {field} in ReftConfig instead; PEFT sets "
+                "modules_to_save by itself where a config has task_type SEQ_CLS, TOKEN_CLS or QUESTION_ANS, so leave "
+                "that to ReftConfig, too."
             )
 
 
 def _refuse_unhooked(model: nn.Module) -> None:
-    """Say what to do instead of `PeftModel.from_pretrained` for a model on disk. It takes off the hooks that load the weights,
-    and makes them anew by names that only single layers of LoRA's kind have (PEFT 0.21, `_update_offload`).
+    """Refuse a base model on disk that `PeftModel.from_pretrained` has prepared. It removes the hooks that load the
+    weights, and adds new ones by names that only layers such as LoRA's have (PEFT 0.21, `_update_offload`).
 
     Raises:
         NotImplementedError: when a model on disk has lost its hooks.
     """
-    places = getattr(model, "hf_device_map", None) or {}
-    if "disk" in places.values() and not any(map(has_hook, model.modules())):
+    device_map = getattr(model, "hf_device_map", None) or {}
+    if "disk" in device_map.values() and not any(map(has_hook, model.modules())):
         raise NotImplementedError(
-            "PeftModel.from_pretrained can't load a ReFT adapter on a base model that device_map puts on disk, and has taken the "
-            "base's hooks off. Load the base anew, and add the adapter to it as it is: model = get_peft_model(base, "
-            "PeftConfig.from_pretrained(path)), then set_peft_model_state_dict(model, load_peft_weights(path))."
+            "PeftModel.from_pretrained can't load a ReFT adapter on a base model that device_map puts on disk, and "
+            "has taken the base's hooks off. Load the base anew, and add the adapter to it as it is: model = "
+            "get_peft_model(base, PeftConfig.from_pretrained(path)), then set_peft_model_state_dict(model, "
+            "load_peft_weights(path))."
         )
 
 
 def _rules(model: Any, config: ReftConfig) -> Rules:
-    """How an adapter finds its tokens in the calls of a model.
+    """The rules by which an adapter finds its tokens in the calls of a model.
 
     Raises:
-        ValueError: when the tokenizer is needed, for a response template of text, and can't be loaded.
+        ValueError: when the response template is text and the tokenizer can't be loaded, or does not keep the text.
     """
 
     def tokenizer() -> Any:
@@ -330,8 +364,9 @@ def _rules(model: Any, config: ReftConfig) -> Rules:
             return AutoTokenizer.from_pretrained(name)
         except Exception as error:
             raise ValueError(
-                f"response_template={config.response_template!r} is text, which needs a tokenizer, and none could be loaded "
-                f"from {name!r}: {error} Set tokenizer_name_or_path in ReftConfig, or give the template's token ids."
+                f"response_template={config.response_template!r} is text, which needs a tokenizer, and none could be "
+                f"loaded from {name!r}: {error} Set tokenizer_name_or_path in ReftConfig, or give the template's "
+                "token ids."
             ) from error
 
     return config.rules(tokenizer, eos_token_id(model), can_generate(model))

@@ -1,8 +1,9 @@
-"""Adapters of other methods inside the modules that ReFT wraps, LoRA's for example.
+"""The names of other methods' layers, LoRA's for example, inside the modules that ReFT wraps.
 
-A wrapper around a block is a level more in the names of all that lies inside. What an adapter inside is saved as would then
-depend on the wrapper, and could not be loaded without it. So the layers of other methods keep the names that they have without
-the wrapper: in `named_modules`, and with it in `named_parameters`, and in the state dict. Where there are none, nothing is renamed.
+A ReftLayer around a block adds `base_layer.` to the names of all modules in the block. A LoRA adapter in the block
+would then be saved under names that a model without ReFT does not have. So the layers of other methods keep the names
+that they have without the ReftLayer: in `named_modules` (and therefore in `named_parameters`) and in the state dict.
+All other names stay as torch makes them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ WRAPPED = "base_layer."
 
 
 def other_tuner_layers(wrapper: nn.Module) -> list[str]:
-    """Names of the layers of other methods below a wrapper, from its `base_layer` on."""
+    """Names, within the `base_layer` of a ReftLayer, of the outermost layers of other methods."""
     names: list[str] = []
     for name, module in wrapper.base_layer.named_modules():  # type: ignore[union-attr]
         inside = any(name.startswith(f"{outer}.") for outer in names)
@@ -31,28 +32,35 @@ def other_tuner_layers(wrapper: nn.Module) -> list[str]:
 def without_wrapper(
     names: Iterator[tuple[str, nn.Module]], wrapper: nn.Module, prefix: str
 ) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` of a wrapper, with the layers of other methods under the names that they have without it."""
-    start = f"{prefix}.{WRAPPED}" if prefix else WRAPPED
+    """The `named_modules` of a ReftLayer, with the layers of other methods under the names that they have without it.
+
+    Args:
+        names (`Iterator`): Pairs of a name and a module, as torch's `named_modules` yields them.
+        wrapper (`torch.nn.Module`): The ReftLayer.
+        prefix (`str`): Its own name, with which torch's names begin.
+    """
+    wrapped_prefix = f"{prefix}.{WRAPPED}" if prefix else WRAPPED
     others = other_tuner_layers(wrapper)
     for name, module in names:
-        inner = name.removeprefix(start)
+        inner = name.removeprefix(wrapped_prefix)
         if inner != name and _is_under(inner, others):
             name = f"{prefix}.{inner}" if prefix else inner
         yield name, module
 
 
 def rename_saved(wrapper: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    """State dict hook: take the wrapper out of the names of other methods' layers."""
+    """State dict hook of a ReftLayer: remove `base_layer.` from the names of other methods' layers."""
     others = other_tuner_layers(wrapper)
-    start = f"{prefix}{WRAPPED}"
+    wrapped_prefix = f"{prefix}{WRAPPED}"
     for key in [key for key in state_dict if others and key.startswith(prefix)]:
-        inner = key.removeprefix(start)
+        inner = key.removeprefix(wrapped_prefix)
         renamed = inner != key and _is_under(inner, others)
-        state_dict[prefix + inner if renamed else key] = state_dict.pop(key)  # all of them, for their order to stay
+        # Keys that keep their names are set again too: otherwise the renamed ones would move behind them.
+        state_dict[prefix + inner if renamed else key] = state_dict.pop(key)
 
 
 def rename_loaded(wrapper: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Load hook: put the wrapper into the names of other methods' layers."""
+    """Load hook of a ReftLayer: add `base_layer.` to the names of other methods' layers."""
     others = other_tuner_layers(wrapper)
     for key in [key for key in state_dict if others and key.startswith(prefix)]:
         if _is_under(key.removeprefix(prefix), others):

@@ -1,8 +1,8 @@
-"""What ReFT relies on in PEFT that is private, or that PEFT calls by name.
+"""The private names of PEFT that ReFT relies on, and the methods of ReFT that PEFT calls by name.
 
-A name that can't be imported shows by itself, and the message says which versions have it. A method that PEFT no longer calls would
-be passed over in silence: `OVERRIDDEN` lists those that ReftModel and ReftLayer put in place of PEFT's own. They are looked for once,
-before the first adapter is made.
+If a name can't be imported, the import raises an error that lists the versions that have it. If PEFT renamed a method
+that ReFT overrides, PEFT would call its own method and raise no error. So `OVERRIDDEN` lists the methods that
+ReftModel and ReftLayer override, and `check_peft` looks for them once, before the first adapter is made.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ try:
     from peft.utils.error import NoMatchingPeftModuleError
 
     NoMatchingModule = NoMatchingPeftModuleError
-except ImportError:  # peft 0.20 raises a ValueError as such
+except ImportError:  # PEFT 0.20 has no class of its own for this error and raises a plain ValueError
     pass
 
 __all__ = [
@@ -62,7 +62,7 @@ __all__ = [
     "resolve_quantization_backend",
 ]
 
-# Methods of PEFT's that ReFT's own stand in for.
+# The methods of PEFT's base classes that ReftModel and ReftLayer override. merging.py calls the two of base weights.
 OVERRIDDEN = {
     "BaseTuner": (
         "_cast_adapter_dtype",
@@ -88,15 +88,15 @@ OVERRIDDEN = {
         "unmerge",
     ),
 }
-# Called by PEFT 0.21 and newer. PEFT 0.20 finds an adapter's tensors by their names alone, and checks nothing before it loads them.
+# PEFT calls these from 0.21 on. PEFT 0.20 finds an adapter's tensors by their names alone and loads them unchecked.
 SINCE_0_21 = ("_get_adapter_state_dict", "_remap_adapter_state_dict_for_load")
-# PEFT does not declare this one: PeftModel asks a tuner for it where a call has adapter_names.
+# No base class of PEFT declares this method: PeftModel calls it on the tuner where a call has adapter_names.
 ASKED_FOR = "_enable_peft_forward_hooks"
 
 
 @functools.cache
 def check_peft() -> None:
-    """Look for the pieces that ReFT relies on, once.
+    """Check, once in a process, that PEFT has the methods that ReFT overrides.
 
     Raises:
         RuntimeError: naming the piece that the installed PEFT lacks, and the versions known to work.

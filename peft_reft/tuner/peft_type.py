@@ -1,7 +1,8 @@
-"""Makes PEFT know the method REFT, as if it were one of its own.
+"""Registers the method REFT with PEFT.
 
-PEFT has no plugin interface: `register_peft_method` refuses a name that the closed enum `PeftType` lacks. So the member
-is added first, in the way of the standard library's own enum module. A PEFT that has ReFT built in does not need this file.
+PEFT has no plugin interface: `register_peft_method` refuses a name that the enum `PeftType` lacks. So `add_peft_type`
+first gives the enum the member, with the same attributes that the standard library's enum module would set. A PEFT
+that has ReFT built in does not need this file.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ NAME = "REFT"
 
 
 def add_peft_type(name: str) -> PeftType:
-    """Return `PeftType[name]`, added to the enum if it is not there yet."""
+    """Return `PeftType[name]`. A member that the enum lacks is added first."""
     if name in PeftType.__members__:
         return PeftType[name]
     member = str.__new__(PeftType, name)
     member._name_ = name
     member._value_ = name
-    # Python 3.12 looks members up as class attributes, 3.10 in the member map. EnumType.__setattr__ would refuse.
+    # Python 3.12 looks members up as class attributes, 3.10 in the member map. type's __setattr__, because that of
+    # EnumType refuses to set a member.
     type.__setattr__(PeftType, name, member)
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
@@ -30,7 +32,7 @@ def add_peft_type(name: str) -> PeftType:
 
 
 def register(config_cls: type[Any], model_cls: type[Any]) -> None:
-    """Register a config and a tuner with PEFT under the name REFT. Does nothing when they are registered already.
+    """Register a config and a tuner with PEFT under the name REFT. A second call with the same classes does nothing.
 
     Args:
         config_cls (`type`): ReftConfig.

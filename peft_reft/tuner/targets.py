@@ -1,7 +1,7 @@
 """Which modules of a model are edited, and how wide their output is.
 
-This module reads the structure of a model and changes nothing in it. Everything that can be wrong with a choice of
-modules is found here, before the first module is wrapped.
+This module reads the structure of a model and changes nothing in it. Any fault in a choice of modules raises an error
+here, before the first module is wrapped.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Target:
     """A module to edit.
 
     Args:
-        name (`str`): Its name in the model.
-        width (`int`): Size of the last dimension of its output.
-        rank (`int`): Rank of its edit.
-        is_block (`bool`): Whether it is a block of the main stack, whose output is the hidden state of a layer.
+        name (`str`): The name of the module in the model.
+        width (`int`): D, the size of the last dimension of its output.
+        rank (`int`): R, the rank of its edit.
+        is_block (`bool`): Whether it is a block: its output is the hidden state of a layer of the model.
     """
 
     name: str
@@ -35,11 +35,15 @@ class Target:
 
 
 def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, Target]:
-    """Resolve `target_modules`, `exclude_modules` and `layers_to_transform` to modules, by name.
+    """Find the modules that `target_modules`, `exclude_modules` and `layers_to_transform` choose.
+
+    Returns:
+        `dict[str, Target]`: The modules to edit, by name, in the order of the model.
 
     Raises:
-        ValueError: when nothing matches, when a layer does not exist, when a width can't be told, when the rank is
-            above the width or the adapter was saved for another width.
+        ValueError: when no module matches, when a layer does not exist, when a module lies inside another that is
+            edited, when a width is unknown, when a rank is above the width, when a pattern of `rank_pattern` matches
+            no module, or when the adapter was saved for another width.
     """
     stack = main_stack(model) if config.target_modules is None else None
     names = list(stack) if stack else _matching_modules(model, config)
@@ -50,36 +54,43 @@ def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, Target]:
     if not names:
         raise NoMatchingModule(
             f"Target modules {config.target_modules} not found in the base model: with "
-            f"exclude_modules={config.exclude_modules!r} they match no module of {type(model).__name__}. Name modules that "
-            "`model.named_modules()` lists, or leave target_modules out to edit the blocks of the main stack."
+            f"exclude_modules={config.exclude_modules!r} they match no module of {type(model).__name__}. Name modules "
+            "that `model.named_modules()` lists, or leave target_modules out to edit the blocks of the main stack."
         )
     _refuse_nesting(model, names)
-    stacks = _stacks(model)
-    targets = {name: target_of(model, config, name, stacks) for name in names}
+    lists = _outermost_lists(model)
+    targets = {name: target_of(model, config, name, lists) for name in names}
     _refuse_idle_ranks(config, targets)
     return targets
 
 
 def target_of(
-    model: nn.Module, config: ReftConfig, name: str, stacks: dict[str, nn.ModuleList] | None = None
+    model: nn.Module, config: ReftConfig, name: str, lists: dict[str, nn.ModuleList] | None = None
 ) -> Target:
-    """A module as a target. `stacks` are the lists of blocks of the model, where they are known.
+    """Describe a module to edit.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        config (`ReftConfig`): The configuration of the adapter.
+        name (`str`): The name of the module.
+        lists (`dict[str, torch.nn.ModuleList]`, *optional*): The outermost lists of modules of the model. None: they
+            are searched for.
 
     Raises:
-        ValueError: when its width can't be told, is below its rank, or is not the one that the adapter was saved for.
+        ValueError: when its width is unknown, is below its rank, or is not the one that the adapter was saved for.
     """
-    stack, _, index = name.rpartition(".")
-    is_block = index.isdigit() and stack in (_stacks(model) if stacks is None else stacks)
+    parent, _, index = name.rpartition(".")
+    is_block = index.isdigit() and parent in (_outermost_lists(model) if lists is None else lists)
     target = Target(name, _width(model, name, is_block), config.rank_of(name), is_block)
     _check_width(config, target)
     return target
 
 
 def main_stack(model: nn.Module) -> list[str]:
-    """Names of the blocks of the model's main stack, in order. Of an encoder-decoder model, those of its encoder.
+    """Names of the blocks of the model's main stack, in order. An encoder-decoder model's main stack is its encoder's.
 
-    Found by structure, for any transformers architecture: the outermost list of modules that is as long as the
-    (text) config says that the model is deep.
+    This works for any transformers architecture: the main stack is the outermost list of modules whose length is
+    `num_hidden_layers` of the (text) config.
 
     Raises:
         ValueError: when there is no such list or more than one.
@@ -89,13 +100,14 @@ def main_stack(model: nn.Module) -> list[str]:
     config = text_config(root) or text_config(model)
     if config is None:
         raise ValueError(
-            f"{type(model).__name__} is no transformers model, so its blocks can't be found. Set target_modules to the "
-            "modules to edit, for example target_modules=['mlp']."
+            f"{type(model).__name__} is no transformers model, so its blocks can't be found. Set target_modules to "
+            "the modules to edit, for example target_modules=['mlp']."
         )
     depth = getattr(config, "num_hidden_layers", None)
-    lists = _stacks(root)
+    lists = _outermost_lists(root)
     stacks = [name for name, module in lists.items() if len(module) == depth]
-    if len(stacks) > 1:  # a text and a vision tower of the same depth: transformers may name the block of one of them
+    # A text and a vision tower may have the same depth. transformers often names the class of one tower's blocks.
+    if len(stacks) > 1:
         named = block_names(model)
         stacks = [name for name in stacks if type(_unwrap(lists[name][0])).__name__ in named] or stacks
     if len(stacks) != 1:
@@ -109,8 +121,8 @@ def main_stack(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if module in blocks]
 
 
-def _stacks(root: nn.Module) -> dict[str, nn.ModuleList]:
-    """The outermost lists of modules: the members of a long one are blocks."""
+def _outermost_lists(root: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of modules, by name, that lie in no other list. Their members are taken for blocks."""
     lists: dict[str, nn.ModuleList] = {}
     for name, module in root.named_modules():
         nested = any(name.startswith(f"{outer}.") for outer in lists)
@@ -120,7 +132,8 @@ def _stacks(root: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def _hidden_size(model: nn.Module, name: str) -> int | None:
-    """Width of the hidden states around a module: that of the nearest part of the model with a config of its own."""
+    """Width of the hidden states around a module: `hidden_size` of the nearest module above it that has a config.
+    None: no module above it has one."""
     while name:
         name = name.rpartition(".")[0]
         hidden_size = getattr(text_config(model.get_submodule(name)), "hidden_size", None)
@@ -134,15 +147,15 @@ def _unwrap(module: nn.Module) -> nn.Module:
 
 
 def _matching_modules(model: nn.Module, config: ReftConfig) -> list[str]:
-    """The modules that PEFT's own rule for names and regexes matches. Layers are left to `_in_layers`, which can also
-    count blocks."""
-    unlayered = _NamesOnly(config.target_modules, config.exclude_modules, config.modules_to_save)
-    return [name for name, _ in model.named_modules() if name and check_target_module_exists(unlayered, name)]
+    """The modules that PEFT's rule for names and regexes matches. `_in_layers` applies `layers_to_transform`: PEFT's
+    rule finds no index in the name of a block itself."""
+    names_only = _NamesOnly(config.target_modules, config.exclude_modules, config.modules_to_save)
+    return [name for name, _ in model.named_modules() if name and check_target_module_exists(names_only, name)]
 
 
 @dataclass(frozen=True)
 class _NamesOnly:
-    """The part of a config that PEFT's rule for names reads."""
+    """The fields of a config that PEFT's `check_target_module_exists` reads, without those about layers."""
 
     target_modules: list[str] | str | None
     exclude_modules: list[str] | str | None
@@ -151,12 +164,17 @@ class _NamesOnly:
 
 
 def not_a_target(name: str, config: ReftConfig) -> Any:
-    """False, or, for a name in `exclude_modules`, the false value with which PEFT marks it."""
+    """PEFT's result for a module that is no target: None, or a marker that is false if `exclude_modules` has it."""
+    # The regex (?!) matches no name.
     return check_target_module_exists(_NamesOnly("(?!)", config.exclude_modules, None), name)
 
 
 def _in_layers(names: list[str], config: ReftConfig) -> list[str]:
-    """Keep the modules in `layers_to_transform`, every one of which must exist."""
+    """The modules that lie in `layers_to_transform`.
+
+    Raises:
+        ValueError: when no module lies in one of these layers.
+    """
     wanted = config.layers_to_transform
     assert isinstance(wanted, list)
     patterns = config.layers_pattern or [r"[^.]+"]
@@ -172,7 +190,8 @@ def _in_layers(names: list[str], config: ReftConfig) -> list[str]:
     if missing:
         have = sorted(set(index_of.values()))
         raise ValueError(
-            f"layers_to_transform={wanted} asks for layers that don't exist: {missing}. The modules to edit lie in layers "
+            f"layers_to_transform={wanted} asks for layers that don't exist: {missing}. The modules to edit lie in "
+            "layers "
             + (
                 f"{have[0]} to {have[-1]}."
                 if have
@@ -184,6 +203,7 @@ def _in_layers(names: list[str], config: ReftConfig) -> list[str]:
 
 
 def _refuse_nesting(model: nn.Module, names: list[str]) -> None:
+    """Raise a ValueError when a module to edit lies inside another, or inside a layer of an adapter on the model."""
     modules = dict(model.named_modules())
     wrapped = [name for name, module in modules.items() if isinstance(module, BaseTunerLayer)]
     for name in names:
@@ -191,20 +211,25 @@ def _refuse_nesting(model: nn.Module, names: list[str]) -> None:
             if name.startswith(f"{other}."):
                 name = name.replace(".base_layer", "")
                 raise ValueError(
-                    f"target_modules matches {name!r}, which lies inside {other!r}, itself edited. Edit one or the other: "
-                    "narrow target_modules, or give the adapters the same target_modules."
+                    f"target_modules matches {name!r}, which lies inside {other!r}, itself edited. Edit one or the "
+                    "other: narrow target_modules, or give the adapters the same target_modules."
                 )
 
 
 def _width(model: nn.Module, name: str, is_block: bool) -> int:
-    """Size of the last dimension of a module's output."""
+    """D, the size of the last dimension of a module's output.
+
+    Raises:
+        ValueError: when neither the module nor a config above it says it.
+    """
     module = _unwrap(model.get_submodule(name))
     hidden_size = _hidden_size(model, name)
     if is_block and hidden_size is not None:
         return hidden_size
     while isinstance(module, nn.Sequential) and len(module) > 0:
         module = module[-1]
-    for attribute in ("out_features", "nf", "embedding_dim"):  # linear layers, quantized or not; GPT-2's; embeddings
+    # Linear layers, quantized or not; transformers' Conv1D, which GPT-2 uses; embeddings.
+    for attribute in ("out_features", "nf", "embedding_dim"):
         if isinstance(width := getattr(module, attribute, None), int):
             return width
     weight = getattr(module, "weight", None)
@@ -215,29 +240,32 @@ def _width(model: nn.Module, name: str, is_block: bool) -> int:
             f"The width of the output of {name!r} ({type(module).__name__}) can't be told. Choose in target_modules a "
             "module that says it, such as a linear layer, a norm or an embedding."
         )
-    return hidden_size  # attention, feed-forward and other parts of a block return to the width of the stream
+    return hidden_size  # attention, feed-forward and other parts of a block return hidden states of the model's width
 
 
 def _refuse_idle_ranks(config: ReftConfig, targets: dict[str, Target]) -> None:
+    """Raise a ValueError when a pattern of `rank_pattern` decides the rank of no module to edit."""
     used = {get_pattern_key(list(config.rank_pattern), name) for name in targets}
     for pattern, rank in config.rank_pattern.items():
         if pattern not in used:
             raise ValueError(
                 f"rank_pattern={{{pattern!r}: {rank}}} decides for none of the modules to edit, of which the first is "
-                f"{next(iter(targets))!r}. Write the end of a module's name, as in {{'layers.0': 16}}, or a regex for it."
+                f"{next(iter(targets))!r}. Write the end of a module's name, as in {{'layers.0': 16}}, or a regex for "
+                "it."
             )
 
 
 def _check_width(config: ReftConfig, target: Target) -> None:
+    """Raise a ValueError when a target's width is not the saved adapter's, or is below its rank."""
     if config.asked_width not in (None, target.width):
         raise ValueError(
-            f"width={config.asked_width}: this adapter was made for modules of width {config.width}, but {target.name!r} of "
-            f"this base model has width {target.width}. Load it on the base model that it was trained on"
-            + (f" ({config.base_model_name_or_path})." if config.base_model_name_or_path else ".")
+            f"width={config.asked_width}: this adapter was made for modules of width {config.width}, but "
+            f"{target.name!r} of this base model has width {target.width}. Load it on the base model that it was "
+            "trained on" + (f" ({config.base_model_name_or_path})." if config.base_model_name_or_path else ".")
         )
     if target.rank > target.width:
         raise ValueError(
-            f"r={target.rank} is above the width {target.width} of {target.name!r}: a rank is at most the width of the "
-            f"edited module. Choose r <= {target.width} (4 to 32 is usual), or a lower rank for this module alone by "
-            "rank_pattern."
+            f"r={target.rank} is above the width {target.width} of {target.name!r}: a rank is at most the width of "
+            f"the edited module. Choose r <= {target.width} (4 to 32 is usual), or a lower rank for this module alone "
+            "by rank_pattern."
         )

@@ -1,6 +1,7 @@
-"""The versions of other libraries that peft_reft is known to work with, and the words for a piece of one that has changed.
+"""The versions of other libraries that peft_reft is known to work with, and the error message for a missing name.
 
-transformers_api.py, peft_api.py, engines_api.py and those of the integrations each list what is relied on in their library. This module knows no library.
+forward/transformers_api.py, peft_api.py, engines_api.py and their like in the integrations each list the names that
+peft_reft relies on in their library. This module imports no library by itself: `require` imports what it is asked for.
 """
 
 from __future__ import annotations
@@ -29,34 +30,34 @@ def installed(library: str) -> str:
 
 
 def gone(library: str, piece: str) -> str:
-    """The message for a piece of a library that peft_reft relies on and that the installed version does not have.
+    """The error message for a piece that peft_reft relies on and that the installed version of a library lacks.
 
     Args:
-        library (`str`): The name of the library, as pip knows it.
-        piece (`str`): What is gone: a name with its module, or what an import error says.
+        library (`str`): The name of the library, as pip knows it: a key of `KNOWN_TO_WORK`.
+        piece (`str`): The missing piece: a name with its module, or the text of an import error.
     """
     return f"peft_reft relies on {piece}, and {library} {installed(library)} does not have it. {way_out(library)}"
 
 
 def way_out(library: str) -> str:
-    """What to do about a version of a library that peft_reft does not know: which versions there are, and which ones work."""
+    """The end of an error message: the installed version of a library, those that work, and what to install."""
     known = KNOWN_TO_WORK[library]
     return (
-        f"Installed are {library} {installed(library)} and peft-reft {installed('peft-reft')}; {library} is known to work in "
-        f"{', '.join(known)}. Upgrade peft-reft, or install the newest of these: pip install '{library}=={known[-1]}'. If you have "
-        "both, please report this message."
+        f"Installed are {library} {installed(library)} and peft-reft {installed('peft-reft')}; {library} is known to "
+        f"work in {', '.join(known)}. Upgrade peft-reft, or install the newest of these: pip install "
+        f"'{library}=={known[-1]}'. If you have both, please report this message."
     )
 
 
 def require(library: str, *pieces: str) -> None:
-    """Check that pieces of a library are there.
+    """Check that a library has some modules, classes and attributes.
 
     Args:
         library (`str`): The name of the library, as pip knows it.
         pieces (`str`): Each `"module:name"` or `"module:class.attribute"`.
 
     Raises:
-        RuntimeError: naming the first piece that is not there, and the versions known to work.
+        RuntimeError: naming the first piece that the library lacks, and the versions known to work.
     """
     for piece in pieces:
         module_name, _, path = piece.partition(":")

@@ -84,7 +84,7 @@ def test_training(kind, settings):
                 torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
         so_far.append(graphs())
     assert so_far[0] == 1, "the model is one graph"
-    # Of one group of weights, batches in which every place holds a token are a kind of their own.
+    # Of one group of weights, batches in which every slot holds a token are a kind of their own.
     kinds = 2 if settings.get("share_weights") and kind == "padded" else 1
     assert so_far[-1] <= kinds + 2 and so_far[-1] == so_far[len(BATCHES[kind]) - 1], (
         "batches are not compiled for again"
@@ -118,7 +118,7 @@ def test_generation(cache):
 
 
 def test_changed_weights_and_adapters_are_seen():
-    """What the hooks do outside the graph, they do at every call: bases are made orthonormal, adapters switched."""
+    """The hooks run outside the graph, at every call: they retract R, and switch adapters."""
     model = adapted().eval()
     compiled = torch.compile(model, backend=BACKEND)
     batch = prompts(9, 6)

@@ -71,8 +71,8 @@ def test_teacher_forcing_and_generation_agree(name, positions):
     # and the same in one pass with prompt_lengths in place of labels
     ids = torch.cat([prompt, answer], dim=1)
     with torch.no_grad():
-        told = model(input_ids=ids, prompt_lengths=torch.tensor([9])).logits.argmax(dim=-1)
-    assert torch.equal(told[:, 8:-1], answer)
+        in_one_pass = model(input_ids=ids, prompt_lengths=torch.tensor([9])).logits.argmax(dim=-1)
+    assert torch.equal(in_one_pass[:, 8:-1], answer)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -174,7 +174,7 @@ def test_assisted_decoding_writes_what_greedy_decoding_writes(options, positions
 
 
 def by_mask(model: PeftModel, ids: torch.Tensor, first: list[int], last: list[int]) -> torch.Tensor:
-    """The greedy prediction at each place, with these tokens edited."""
+    """The greedy prediction at each token, with these tokens edited."""
     mask = torch.zeros_like(ids)
     mask[:, first], mask[:, last] = 1, 2
     with torch.no_grad():
@@ -245,13 +245,13 @@ def test_prompt_lengths_in_generate():
     """Only the first 4 tokens are the prompt; the rest of what is given is the start of an answer."""
     model = adapted(positions="l1")
     ids = prompts(9)["input_ids"]
-    told = generate(model, {"input_ids": ids}, prompt_lengths=torch.tensor([4]))
+    with_lengths = generate(model, {"input_ids": ids}, prompt_lengths=torch.tensor([4]))
     labels = ids.clone()
     labels[:, :4] = -100
     with torch.no_grad():
         expected = model(input_ids=ids, labels=labels).logits[:, -1].argmax(dim=-1)
-    assert told[0, 0] == expected
-    assert not torch.equal(told, generate(model, {"input_ids": ids}))
+    assert with_lengths[0, 0] == expected
+    assert not torch.equal(with_lengths, generate(model, {"input_ids": ids}))
 
 
 @pytest.mark.parametrize("positions", ["f2+l3", "l1"])
@@ -266,7 +266,7 @@ def test_decode_steps_outside_generate(positions):
             step = model(input_ids=tokens[-1], use_cache=True, **{CACHE: step[CACHE]})
             tokens.append(step.logits[:, -1:].argmax(dim=-1))
         assert torch.equal(torch.cat(tokens, dim=1), answer)
-        # a prompt fed in two parts, with its length told
+        # a prompt fed in two parts, whose length the caller gives
         cache = model(input_ids=ids[:, :5], prompt_lengths=torch.tensor([9]), use_cache=True)[CACHE]
         with pytest.raises(ValueError, match="continues a cache of 5.*prompt_lengths"):
             model(input_ids=ids[:, 5:], **{CACHE: cache})

@@ -144,7 +144,7 @@ class Layout:
 
 def oracle_edits(model: torch.nn.Module, config: ReftConfig) -> tuple[list[oracle.Edit], dict[str, torch.Tensor]]:
     """The oracle's own copy of an adapter's weights."""
-    model.state_dict()  # makes the bases, cast from single precision, orthonormal in double
+    model.state_dict()  # makes R, cast from single precision, orthonormal in double
     edits, copies = [], {}
     act = ACT2FN[config.act_fn] if config.act_fn else lambda x: x
     for index, block in enumerate(blocks(model)):
@@ -159,16 +159,16 @@ def oracle_edits(model: torch.nn.Module, config: ReftConfig) -> tuple[list[oracl
 def oracle_logits(name: str, layout: Layout, edits: list[oracle.Edit], rule: oracle.Rule) -> list[torch.Tensor]:
     """The logits of each sequence, run by itself."""
     model = base(name, "oracle")
-    places = [oracle.chosen(text, rule) for text in layout.texts]
+    chosen = [oracle.chosen(text, rule) for text in layout.texts]
     if layout.how == "numbered":  # nothing in the base model parts these sequences: the row is run as it stands
-        shifted = [(0, begin + place, side) for (_, begin), some in zip(layout.begin, places) for place, side in some]
+        shifted = [(0, begin + index, side) for (_, begin), some in zip(layout.begin, chosen) for index, side in some]
         batch = {key: layout.batch[key] for key in ("input_ids", "attention_mask", "use_cache")}
         with oracle.edited(blocks(model), edits, shifted):
             row = model(**batch).logits[0]
         return [row[begin : begin + len(text.ids)] for (_, begin), text in zip(layout.begin, layout.texts)]
     logits = []
-    for text, some in zip(layout.texts, places):
-        with oracle.edited(blocks(model), edits, [(0, place, side) for place, side in some]):
+    for text, some in zip(layout.texts, chosen):
+        with oracle.edited(blocks(model), edits, [(0, index, side) for index, side in some]):
             logits.append(model(input_ids=torch.tensor([text.ids])).logits[0])
     return logits
 
@@ -254,11 +254,11 @@ def oracle_answer(
     name: str, text: oracle.Sequence, edits: list[oracle.Edit], rule: oracle.Rule, new: int
 ) -> list[int]:
     """Greedy tokens, each by a whole pass in which the prompt's tokens are edited and, but for `all`, no others."""
-    ids, places = list(text.ids), oracle.chosen(text, rule)
+    ids, chosen = list(text.ids), oracle.chosen(text, rule)
     for _ in range(new):
         if rule.everything:
-            places = [(place, 0) for place in range(len(ids))]
-        with oracle.edited(blocks(base(name, "oracle")), edits, [(0, place, side) for place, side in places]):
+            chosen = [(index, 0) for index in range(len(ids))]
+        with oracle.edited(blocks(base(name, "oracle")), edits, [(0, index, side) for index, side in chosen]):
             ids.append(int(base(name, "oracle")(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     return ids[len(text.ids) :]
 

@@ -1,4 +1,4 @@
-"""What speed rests on: work that is done once, or not at all, and that none of it changes a result."""
+"""Speed: work is done once, or not at all, and no such saving changes a result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import peft_reft.tuner.parameters.stacked
 import peft_reft.tuner.positions.deferred_checks
 from peft_reft import ReftConfig
 from peft_reft.tuner.forward.selector import Call, Selector
-from peft_reft.tuner.interventions.apply import Edit, EditWeights, Job, _AddToRows, edit_state
+from peft_reft.tuner.interventions.apply import Edit, EditWeights, Job, _AddToStates, edit_state
 from peft_reft.tuner.interventions.formulas import INTERVENTIONS, activation
 from peft_reft.tuner.interventions.orthogonal import retracted
 from peft_reft.tuner.layer import ReftLayer
@@ -45,16 +45,16 @@ class Noted(Checks):
 
 
 @pytest.mark.parametrize("template", [None, IdTemplate((5, 6))])
-@pytest.mark.parametrize("told", [{}, {"prompt_lengths": torch.tensor([3, 2])}], ids=["labels", "prompt_lengths"])
+@pytest.mark.parametrize("given", [{}, {"prompt_lengths": torch.tensor([3, 2])}], ids=["labels", "prompt_lengths"])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_a_training_step_reads_nothing_back_from_the_device(groups, told, template):
+def test_a_training_step_reads_nothing_back_from_the_device(groups, given, template):
     rules = Rules(PositionSpec(first=2, last=2), groups, template=template, end_ids=(2, 7))
     checks = Noted(queueing=("meta",))
     selector = Selector(checks)
-    selector._masks_number = False  # as after the first batch
+    selector._masks_number_sequences = False  # as after the first batch
     batch = {key: tensor.to("meta") for key, tensor in labelled(9, 6, prompt=4, seed=1).items()}
-    told = {key: tensor.to("meta") for key, tensor in told.items()}
-    tokens = Batch.from_inputs({**batch, **told})
+    given = {key: tensor.to("meta") for key, tensor in given.items()}
+    tokens = Batch.from_inputs({**batch, **given})
     call = Call("Model", batch, tokens, "", subspaces=None, training=True, generation=None, in_encoder=False)
     selection = selector.select(rules, call)
     assert selection.index_T.is_meta and selection.index_T.numel() == 2 * 2 * 2
@@ -344,7 +344,7 @@ def test_the_hidden_state_is_written_to_without_copies_of_its_gradient():
 
 
 def test_little_is_kept_for_backward_beside_what_the_base_keeps():
-    def kept(model):
+    def stored(model):
         sizes = []
         batch = labelled(64, 64, 64, 64, prompt=40, seed=1)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
@@ -353,7 +353,7 @@ def test_little_is_kept_for_backward_beside_what_the_base_keeps():
 
     base = build("llama").train().requires_grad_(False)
     base.enable_input_require_grads()
-    assert kept(adapted().train()) < 1.05 * kept(base)
+    assert stored(adapted().train()) < 1.05 * stored(base)
 
 
 @pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
@@ -394,15 +394,15 @@ def test_gradients_that_are_asked_for_below_the_first_edited_layer_are_given():
     assert embeds.grad is not None and embeds.grad.abs().sum() > 0
 
 
-# -- gradients and bases ----------------------------------------------------------------------------------------------
+# -- gradients and retraction -----------------------------------------------------------------------------------------
 
 
 def selection(groups: int) -> Selection:
     index = torch.tensor([[0, 5, 5], [3, 7, 7]])[:groups]
-    spare = torch.tensor([[False, False, True], [False, False, False]])[:groups]
+    empty = torch.tensor([[False, False, True], [False, False, False]])[:groups]
     if groups == 2:
         index[1, 2] = 8
-    return Selection.of_slots(torch.zeros(2, 5, dtype=torch.bool), index, spare)
+    return Selection.of_slots(torch.zeros(2, 5, dtype=torch.bool), index, empty)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -430,12 +430,12 @@ def test_gradcheck_of_the_write_that_gpus_use():
     index = torch.tensor([0, 7, 7, 3])
     h = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
     delta = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda h, delta: _AddToRows.apply(h * 1.0, index, delta), (h, delta))
-    assert torch.autograd.gradgradcheck(lambda h, delta: _AddToRows.apply((h * h), index, delta * delta), (h, delta))
+    assert torch.autograd.gradcheck(lambda h, delta: _AddToStates.apply(h * 1.0, index, delta), (h, delta))
+    assert torch.autograd.gradgradcheck(lambda h, delta: _AddToStates.apply((h * h), index, delta * delta), (h, delta))
     plain = h.detach().clone()
-    for place, row in zip(index, delta.detach()):
-        plain.view(-1, 3)[place] += row
-    torch.testing.assert_close(_AddToRows.apply(h * 1.0, index, delta).detach(), plain)
+    for position, row in zip(index, delta.detach()):
+        plain.view(-1, 3)[position] += row
+    torch.testing.assert_close(_AddToStates.apply(h * 1.0, index, delta).detach(), plain)
 
 
 def dependent(kind: str, rank: int, width: int) -> torch.Tensor:
@@ -524,10 +524,10 @@ def test_the_benchmark_runs_as_a_user_runs_it(tmp_path):
 
 
 def test_every_place_filled_or_not_gives_the_same_edit():
-    """Where it is known that no place is spare, nothing is masked."""
+    """Where it is known that no slot is empty, nothing is masked."""
     index, edited = torch.tensor([[0, 5, 6]]), torch.zeros(2, 5, dtype=torch.bool)
     assert Selection.of_slots(edited, index, torch.zeros(1, 3, dtype=torch.bool)).unused_TGR is not None
     assert Selection.of_slots(edited, index, None).unused_TGR is None
     model = adapted(share_weights=True, positions="f2+l2").eval()
-    one, two = prompts(9), prompts(9, 3)  # the second has a place to spare
+    one, two = prompts(9), prompts(9, 3)  # the second leaves a slot empty
     torch.testing.assert_close(model(**one).logits[0], model(**two).logits[0], rtol=1e-5, atol=1e-5)

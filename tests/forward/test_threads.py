@@ -39,7 +39,7 @@ def forward(model: torch.nn.Module, **batch) -> torch.Tensor:
         return model(**batch).logits
 
 
-# Batches of different shapes, whose prompts are told in different ways.
+# Batches of different shapes, whose callers give the prompts in different ways.
 BATCHES = [
     prompts(9, 4),
     {**prompts(6, 6, 3, seed=4), "prompt_lengths": torch.tensor([5, 4, 2])},
@@ -51,12 +51,12 @@ BATCHES = [
 def test_forwards_and_generations_at_once():
     model = adapted()
     greedy = {"max_new_tokens": 6, "do_sample": False}
-    told = {**BATCHES[0], "prompt_lengths": torch.tensor([3, 2])}
+    with_lengths = {**BATCHES[0], "prompt_lengths": torch.tensor([3, 2])}
     jobs = [lambda batch=batch: forward(model, **batch) for batch in BATCHES]
-    jobs += [lambda batch=batch: model.generate(**batch, **greedy) for batch in (BATCHES[0], told)]
+    jobs += [lambda batch=batch: model.generate(**batch, **greedy) for batch in (BATCHES[0], with_lengths)]
     jobs.append(lambda: model.generate(**BATCHES[0], **greedy, num_beams=2))
     alone = [job() for job in jobs]
-    assert not torch.equal(alone[4], alone[5])  # what is told makes a difference
+    assert not torch.equal(alone[4], alone[5])  # the prompt lengths make a difference
     repeated = [lambda job=job: [job() for _ in range(5)] for job in jobs]
     for expected, results in zip(alone, at_once(*repeated)):
         assert all(torch.equal(result, expected) for result in results)
@@ -95,11 +95,11 @@ def test_one_thread_makes_a_basis_orthonormal_again_and_the_other_waits(monkeypa
     retract, calls = orthogonal.retract, []
     retract(expected)
 
-    def slowly(bases):
+    def slowly(parameters):
         calls.append(threading.get_ident())
-        bases = list(bases)
+        parameters = list(parameters)
         threading.Event().wait(0.2)
-        retract(bases)
+        retract(parameters)
 
     monkeypatch.setattr(orthogonal, "retract", slowly)
     first, second = at_once(*[lambda: forward(model, **BATCHES[0])] * 2)

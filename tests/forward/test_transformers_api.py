@@ -1,4 +1,5 @@
-"""A call that continues an earlier one is never taken for a new prompt, whatever transformers calls the argument that carries the state."""
+"""A call that continues an earlier one is never taken for a new prompt, whatever transformers names the argument with
+the state."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from peft_reft.tuner.forward import transformers_api
 from peft_reft.tuner.forward.transformers_api import STATELESS, STATES, UnknownState, find_past
 
 
-# -- the next rename -----------------------------------------------------------------------------------------------------
+# -- the next rename --------------------------------------------------------------------------------------------------
 
 MAPPINGS = (
     "MODEL_FOR_CAUSAL_LM_MAPPING",
@@ -91,7 +92,7 @@ def test_the_search_for_carriers_finds_the_one_that_was_renamed(monkeypatch):
         test_every_argument_that_carries_state_is_known("MODEL_FOR_CAUSAL_LM_MAPPING")
 
 
-# -- calls that continue others ------------------------------------------------------------------------------------------
+# -- calls that continue others ---------------------------------------------------------------------------------------
 
 
 def adapted(model: torch.nn.Module, **settings) -> Any:
@@ -124,8 +125,8 @@ def test_a_cache_is_known_by_its_type(kind):
     def step(columns: slice) -> Tensor:
         given = ids[:, columns]
         if kind == "positional":
-            place = list(inspect.signature(base.forward).parameters).index(CACHE)
-            return base(given, *[None] * (place - 1), cache).logits
+            position = list(inspect.signature(base.forward).parameters).index(CACHE)
+            return base(given, *[None] * (position - 1), cache).logits
         name = "past_key_values" if kind == "deprecated name" else CACHE
         return model(input_ids=given, **{name: cache}).logits
 
@@ -167,11 +168,11 @@ class Hidden(Renamed):
 
     def prepare_inputs_for_generation(self, *args, **kwargs):
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        self.kept = inputs.pop("kv_store")
+        self.hidden_cache = inputs.pop("kv_store")
         return inputs
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
-        return super().forward(input_ids, attention_mask, position_ids, self.kept, **kwargs)
+        return super().forward(input_ids, attention_mask, position_ids, self.hidden_cache, **kwargs)
 
 
 def tomorrow(kind: type, **settings) -> Any:
@@ -210,8 +211,8 @@ def test_a_carrier_of_unknown_type_is_refused_in_a_loop_by_hand():
         # the ways out that the message names
         whole = model(input_ids=ids, prompt_lengths=torch.tensor([8])).logits[:, -1:]
         mask = torch.zeros(1, 1, dtype=torch.int)
-        told = model(input_ids=ids[:, 8:], kv_store=Opaque(step[CACHE]), intervention_mask=mask).logits
-        torch.testing.assert_close(told, whole, rtol=0, atol=1e-4)
+        masked = model(input_ids=ids[:, 8:], kv_store=Opaque(step[CACHE]), intervention_mask=mask).logits
+        torch.testing.assert_close(masked, whole, rtol=0, atol=1e-4)
         all_tokens = tomorrow(Unknown, positions="all")
         cache = all_tokens(input_ids=ids[:, :8], use_cache=True)[CACHE]
         step = all_tokens(input_ids=ids[:, 8:], kv_store=Opaque(cache)).logits
@@ -278,7 +279,7 @@ def test_a_recurrent_state_is_no_empty_cache():
         model.generate(input_ids=ids, **{name: out[name]}, max_new_tokens=2)
 
 
-# -- pieces that are gone ------------------------------------------------------------------------------------------------
+# -- pieces that are gone ---------------------------------------------------------------------------------------------
 
 CHECKS = (transformers_api.check_transformers, peft_api.check_peft, engines_api.check_accelerate)
 

@@ -1,4 +1,4 @@
-"""Batches as packing collators make them: the logits and gradients of their sequences, each run by itself."""
+"""Packed batches of several collators give the logits and gradients of their sequences run one by one."""
 
 from __future__ import annotations
 
@@ -47,8 +47,7 @@ def axolotl_multipack() -> Callable:
     )
 
     def with_positions(rows: list[dict]) -> dict:
-        # what axolotl's datasets have; its trainer drops attention_mask where the attention tells sequences by
-        # positions
+        # axolotl datasets have both; the trainer drops attention_mask where the attention tells sequences by positions
         lengths = [len(row["input_ids"]) for row in rows]
         columns = [{"position_ids": list(range(n)), "attention_mask": [1] * n} for n in lengths]
         rows = [{**row, **more} for row, more in zip(rows, columns)]
@@ -85,20 +84,20 @@ def gradients(model: PeftModel) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("positions", ["f2+l3", "l1", "all"])
 @pytest.mark.parametrize("collator", COLLATORS)
-def test_a_packed_row_is_its_sequences(collator, positions, name):
+def test_a_packed_row_equals_its_sequences_run_alone(collator, positions, name):
     rows = features()
     batch = COLLATORS[collator]()([dict(row) for row in rows])
     batch.pop("attention_mask", None)
     packed, apart = adapted(positions, name), adapted(positions, name)
     assert batch["input_ids"].shape[0] == 1
     row = packed(**batch, use_cache=False).logits[0]
-    total, at = 0.0, 0
+    total, start = 0.0, 0
     for (length, prompt), sequence in zip(LENGTHS, rows):
         alone = apart(**{key: torch.tensor([value]) for key, value in sequence.items()}).logits[0]
-        torch.testing.assert_close(row[at : at + length], alone, rtol=0, atol=2e-4)
+        torch.testing.assert_close(row[start : start + length], alone, rtol=0, atol=2e-4)
         (loss(alone, sequence["input_ids"], prompt)).backward()
-        total = total + loss(row[at : at + length], sequence["input_ids"], prompt)
-        at += length
+        total = total + loss(row[start : start + length], sequence["input_ids"], prompt)
+        start += length
     total.backward()
     expected = gradients(apart)
     assert len(expected) == 9
@@ -106,7 +105,7 @@ def test_a_packed_row_is_its_sequences(collator, positions, name):
         torch.testing.assert_close(gradient, expected[key], rtol=1e-3, atol=1e-3)
 
 
-def test_a_numbered_mask_tells_sequences_without_positions():
+def test_a_numbered_mask_separates_sequences_without_positions():
     """axolotl's other form, for attention that reads the numbers: the same tokens are edited."""
     rows = features()
     batch = axolotl_multipack()([dict(row) for row in rows])
@@ -114,15 +113,15 @@ def test_a_numbered_mask_tells_sequences_without_positions():
     numbered = {key: batch[key] for key in ("input_ids", "labels", "attention_mask")}
     assert batch["attention_mask"].max() == 4
     mask = torch.zeros_like(batch["input_ids"])
-    at = 0
+    start = 0
     for length, prompt in LENGTHS:
         first, last = (2, 3) if prompt >= 5 else (min(2, prompt // 2), min(3, prompt // 2))
-        mask[0, at : at + first] = 1
-        mask[0, at + prompt - last : at + prompt] = 2
-        at += length
+        mask[0, start : start + first] = 1
+        mask[0, start + prompt - last : start + prompt] = 2
+        start += length
     with torch.no_grad():
-        told = model(**{**numbered, "intervention_mask": mask}, use_cache=False).logits
-        torch.testing.assert_close(model(**numbered, use_cache=False).logits, told)
+        by_mask = model(**{**numbered, "intervention_mask": mask}, use_cache=False).logits
+        torch.testing.assert_close(model(**numbered, use_cache=False).logits, by_mask)
 
 
 def test_lengths_for_packed_rows():
@@ -132,8 +131,8 @@ def test_lengths_for_packed_rows():
     model = adapted("f2+l3")
     with torch.no_grad():
         by_labels = model(**batch, labels=labels, use_cache=False).logits
-        told = model(**batch, prompt_lengths=torch.tensor([4, 2, 9, 1]), use_cache=False).logits
-    assert torch.equal(told, by_labels)
+        by_lengths = model(**batch, prompt_lengths=torch.tensor([4, 2, 9, 1]), use_cache=False).logits
+    assert torch.equal(by_lengths, by_labels)
     with pytest.raises(
         ValueError, match=r"prompt_lengths has shape \[1\], but the batch has 4 sequences in its packed rows"
     ):

@@ -1,4 +1,4 @@
-"""The position rules, against a plain reading of them: one sequence at a time, one token at a time."""
+"""The position rules, against a plain implementation of them: one sequence at a time, one token at a time."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from peft_reft.tuner.positions.batch import Batch, select_tokens
-from peft_reft.tuner.positions.selection import select
+from peft_reft.tuner.positions.selection import selection_from_masks
 from peft_reft.tuner.positions.spec import PositionSpec, Rules, masks_from_intervention_mask
 
 
-def plainly(prompt: list[int], spec: PositionSpec) -> tuple[list[int], list[int]]:
+def by_hand(prompt: list[int], spec: PositionSpec) -> tuple[list[int], list[int]]:
     """The first and the last tokens of a prompt, given as a list of columns."""
     n = len(prompt)
     if spec.first and spec.last:
@@ -37,26 +37,26 @@ def chosen(spec: str, shape: tuple[int, int], **batch: torch.Tensor) -> tuple[li
 
 
 @pytest.mark.parametrize(
-    "text, first, last, every",
+    "text, first, last, all_tokens",
     [("f7+l7", 7, 7, False), ("l2+f11", 11, 2, False), ("f3", 3, 0, False), ("l1", 0, 1, False), ("all", 0, 0, True)],
 )
-def test_parse(text, first, last, every):
-    assert PositionSpec.parse(text) == PositionSpec(first, last, every)
+def test_parse(text, first, last, all_tokens):
+    assert PositionSpec.parse(text) == PositionSpec(first, last, all_tokens)
 
 
 @pytest.mark.parametrize(
     "text", ["", "f", "f0", "f-1", "7", "f7+f3", "f7,l7", "F7", "f7+all", "f7+", "first7", None, 7]
 )
-def test_what_does_not_parse_is_named(text):
+def test_positions_that_do_not_parse_are_named(text):
     with pytest.raises(ValueError, match=r"positions=.* does not parse.*'f7\+l7'"):
         PositionSpec.parse(text)
 
 
 @pytest.mark.parametrize("spec", ["f1", "l1", "f3", "l4", "f1+l1", "f2+l3", "f3+l1", "f7+l7"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("told_by", ["attention_mask", "labels", "prompt_lengths"])
-def test_rules_on_padded_batches(spec, side, told_by):
-    generator = random.Random(f"{spec} {side} {told_by}")
+@pytest.mark.parametrize("given_by", ["attention_mask", "labels", "prompt_lengths"])
+def test_rules_on_padded_batches(spec, side, given_by):
+    generator = random.Random(f"{spec} {side} {given_by}")
     for _ in range(30):
         rows, width = generator.randint(1, 4), generator.randint(1, 20)
         real = [generator.randint(0, width) for _ in range(rows)]
@@ -64,9 +64,9 @@ def test_rules_on_padded_batches(spec, side, told_by):
         prompt = [list(span)[: generator.randint(0, len(span))] for span in spans]
         mask = torch.tensor([[int(column in span) for column in range(width)] for span in spans])
         batch = {"attention_mask": mask}
-        if told_by == "attention_mask":
+        if given_by == "attention_mask":
             prompt = [list(span) for span in spans]
-        elif told_by == "prompt_lengths":
+        elif given_by == "prompt_lengths":
             batch["prompt_lengths"] = torch.tensor([len(tokens) for tokens in prompt])
         else:
             labels = torch.full((rows, width), -100)
@@ -74,11 +74,11 @@ def test_rules_on_padded_batches(spec, side, told_by):
                 for column in list(span)[len(prompt[row]) :]:
                     labels[row, column] = 5
             batch["labels"] = labels
-        if told_by != "attention_mask" and not any(prompt):
+        if given_by != "attention_mask" and not any(prompt):
             with pytest.raises(ValueError, match="no prompt tokens to edit"):
                 chosen(spec, (rows, width), **batch)
             continue
-        expected = [plainly(tokens, PositionSpec.parse(spec)) for tokens in prompt]
+        expected = [by_hand(tokens, PositionSpec.parse(spec)) for tokens in prompt]
         first, last = chosen(spec, (rows, width), **batch)
         assert first == [pair[0] for pair in expected]
         assert last == [pair[1] for pair in expected]
@@ -103,7 +103,7 @@ def packed_row(lengths: list[int], padding: int) -> dict[str, torch.Tensor]:
     for length in lengths:
         prompt = max(1, length // 2)
         labels += [-100] * prompt + [5] * (length - prompt)
-        # a sequence of a packed row in which nothing is an answer is left alone
+        # in a packed row, a sequence without an answer has no prompt
         prompt_of.append(list(range(start, start + prompt)) if prompt < length else [])
         start += length
     return {
@@ -127,7 +127,7 @@ def test_packed_rows_are_split_into_their_sequences(how, spec):
         "cu_seq_lens": {"cu_seq_lens": row["cu_seq_lens"]},
     }[how]
     first, last = chosen(spec, tuple(row["labels"].shape), **batch)
-    expected = [plainly(prompt, PositionSpec.parse(spec)) for prompt in row["prompts"]]
+    expected = [by_hand(prompt, PositionSpec.parse(spec)) for prompt in row["prompts"]]
     assert first == [[column for pair in expected for column in pair[0]]]
     assert last == [[column for pair in expected for column in pair[1]]]
 
@@ -138,25 +138,28 @@ def test_padding_that_looks_like_a_sequence():
     labels = torch.tensor([[-100, -100, 5, 5, -100, 5, 5, -100, -100, -100]])
     assert chosen("f1+l1", (1, 10), position_ids=position_ids, labels=labels) == ([[0]], [[1]])
     assert chosen("f1", (1, 10), position_ids=position_ids, labels=labels) == ([[0, 4]], [[]])
-    assert chosen("f1", (1, 10), position_ids=position_ids) == ([[0, 4, 7]], [[]])  # nothing says which is padding
+    assert chosen("f1", (1, 10), position_ids=position_ids) == (
+        [[0, 4, 7]],
+        [[]],
+    )  # without labels, padding cannot be told apart
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_selection_indexes_the_flat_batch_and_marks_spare_places(groups):
+def test_selection_indexes_the_flat_batch_and_marks_empty_slots(groups):
     first = torch.tensor([[0, 1, 0, 0], [0, 1, 0, 0]]).bool()
     last = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]]).bool()
-    selection = select(first, last, groups, limit=5)
+    selection = selection_from_masks(first, last, groups, limit=5)
     slots, empty = selection.index_T.view(groups, -1), selection.empty_T1.view(groups, -1)
-    kept = [row[~none].tolist() for row, none in zip(slots, empty)]
-    assert kept == ([[1, 5], [2, 3]] if groups == 2 else [[1, 2, 3, 5]])
+    filled = [indices[~none].tolist() for indices, none in zip(slots, empty)]
+    assert filled == ([[1, 5], [2, 3]] if groups == 2 else [[1, 2, 3, 5]])
     assert torch.equal(selection.edited_BS, first | last)
-    edited = set(kept[0]) | set(kept[-1])
-    assert set(selection.index_T.tolist()) <= edited  # empty slots point at no other token
+    edited = set(filled[0]) | set(filled[-1])
+    assert set(selection.index_T.tolist()) <= edited  # an empty slot repeats one of these tokens
 
 
-def test_selection_of_nothing_has_only_spare_places():
+def test_selection_of_nothing_has_only_empty_slots():
     nothing = torch.zeros(2, 3).bool()
-    selection = select(nothing, nothing, 2, limit=2)
+    selection = selection_from_masks(nothing, nothing, 2, limit=2)
     assert selection.empty_T1.all() and selection.index_T.max() < 6
 
 

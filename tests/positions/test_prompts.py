@@ -1,4 +1,4 @@
-"""What tells a model where its prompts end: the order of what is told, and what is refused rather than guessed."""
+"""How prompts are found: which of several signs goes first, and which batches are refused rather than guessed at."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def edited(model: PeftModel, **arguments) -> list[list[int]]:
     return [row.nonzero().flatten().tolist() for row in changed]
 
 
-def test_the_order_of_what_is_told():
+def test_which_sign_goes_first():
     model, given = adapted(response_template=TEMPLATE), batch()
     by_template = [[0, 3, 4], [0, 2, 3]]
     assert edited(model, **given) == by_template
@@ -67,7 +67,7 @@ def test_the_order_of_what_is_told():
     given["intervention_mask"] = torch.zeros(2, 13).long()
     given["intervention_mask"][0, 3] = given["intervention_mask"][1, 5] = 2
     assert edited(model, **given) == edited(plain, **given) == [[3], [5]]
-    assert edited(plain, **batch()) == [[0, 11, 12], [0, 9, 10]]  # nothing said: all of it
+    assert edited(plain, **batch()) == [[0, 11, 12], [0, 9, 10]]  # no sign: all tokens are prompt
 
 
 def test_every_turn_by_template_and_by_labels():
@@ -82,7 +82,7 @@ def test_every_turn_by_template_and_by_labels():
 
 
 def test_a_short_turn_does_not_reach_into_the_answer_before_it():
-    """Its prompt begins after the end token: two tokens for l5."""
+    """The prompt of the second turn begins after the end token: it has two tokens, and l5 edits these."""
     model = adapted(response_template=TEMPLATE, prompt_boundary="every", positions="l5")
     assert edited(model, **batch(1)) == [[0, 1, 2, 3, 8, 9]]
 
@@ -98,10 +98,10 @@ def test_training_sequences_without_the_template(position_ids):
         model(**given)
     with pytest.raises(ValueError, match="response_template is not in row 1.*PromptLengthsCollator"):
         model(**given, labels=labels(range(7, 9), range(6, 8)))
-    # nothing is learnt from a row without a label, such as a prompt cut off before its answer
+    # a row without a label trains nothing, such as a prompt cut off before its answer: it may lack the template
     model(**given, labels=labels(range(7, 9), range(0))).loss.backward()
     model.eval()
-    assert edited(model, **given) == [[0, 3, 4], [0, 9, 10]]  # outside training, a prompt on its way
+    assert edited(model, **given) == [[0, 3, 4], [0, 9, 10]]  # outside training, the row is all prompt
     if position_ids:
         row = {"input_ids": given["input_ids"][:, :11].reshape(1, -1), "use_cache": False}
         row["position_ids"] = torch.arange(11).repeat(2)[None]
@@ -114,10 +114,10 @@ def test_a_template_is_looked_for_in_ids():
     embeds = model.get_input_embeddings()(batch()["input_ids"])
     with pytest.raises(ValueError, match="response_template is looked for in input_ids.*prompt_lengths"):
         model(inputs_embeds=embeds)
-    told = edited(
+    by_lengths = edited(
         model, inputs_embeds=embeds, attention_mask=batch()["attention_mask"], prompt_lengths=torch.tensor([5, 4])
     )
-    assert told == [[0, 3, 4], [0, 2, 3]]
+    assert by_lengths == [[0, 3, 4], [0, 2, 3]]
 
 
 @pytest.mark.parametrize("made_of", ["no labels", "no prompt", "prompts of one token"])
@@ -136,8 +136,8 @@ def test_a_training_batch_in_which_nothing_is_edited(made_of):
         model(**given)
 
 
-def test_an_evaluation_that_does_not_say_what_training_said():
-    """Nothing tells prompts from answers there: once, it is said that all of it is taken for prompt."""
+def test_an_evaluation_without_labels_after_training_with_them_warns_once():
+    """Nothing tells prompts from answers there, so all tokens are taken for prompt."""
     model, given = adapted().train(), batch()
     model(**given, labels=labels(range(7, 9), range(6, 8))).loss.backward()
     model.eval()

@@ -1,4 +1,4 @@
-"""Subspaces: an example trains and runs the directions of its groups, as if the adapter had no others."""
+"""Subspaces: an example trains and runs the directions of its subspaces, as if the adapter had no others."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from peft_reft import ReftConfig, ReftLayer
 from peft_reft.tuner.interventions.formulas import INTERVENTIONS
 
 
-GROUPS = {"style": 2, "facts": 3, "tone": 1}
+SUBSPACES = {"style": 2, "facts": 3, "tone": 1}
 DIRECTIONS = {"style": [0, 1], "facts": [2, 3, 4], "tone": [5]}
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 
 
 def adapted(name: str = "llama", **settings) -> PeftModel:
-    settings = {"r": 6, "positions": "f2+l3", "task_type": "CAUSAL_LM", "subspaces": GROUPS, **settings}
+    settings = {"r": 6, "positions": "f2+l3", "task_type": "CAUSAL_LM", "subspaces": SUBSPACES, **settings}
     model = get_peft_model(build(name), ReftConfig(**settings)).eval()
     randomize(model)
     return model
@@ -28,7 +28,7 @@ def layers(model: PeftModel) -> list[ReftLayer]:
 
 
 def only(model: PeftModel, directions: list[int], **settings) -> PeftModel:
-    """An adapter that has these directions of another and no more."""
+    """An adapter with only these directions of another."""
     small = adapted(r=len(directions), subspaces=None, **settings)
     with torch.no_grad():
         for ours, theirs in zip(layers(small), layers(model)):
@@ -45,19 +45,19 @@ def logits(model: PeftModel, batch: dict, **more) -> torch.Tensor:
 
 @pytest.mark.parametrize("positions", ["f2+l3", "l1", "all"])
 @pytest.mark.parametrize("intervention", INTERVENTIONS)
-def test_an_example_runs_its_groups_alone(intervention, positions):
+def test_an_example_runs_its_subspaces_alone(intervention, positions):
     settings = {"intervention": intervention, "positions": positions}
     model, batch = adapted(**settings), prompts(9, 4, 6)
     used = [["facts"], ["tone", "style"], ["style"]]
     together = logits(model, batch, subspaces=["+".join(names) for names in used])
     for row, names in enumerate(used):
-        alone = only(model, sorted(place for name in names for place in DIRECTIONS[name]), **settings)
+        alone = only(model, sorted(direction for name in names for direction in DIRECTIONS[name]), **settings)
         expected = logits(alone, {key: value[row : row + 1] for key, value in batch.items()})[0]
         real = batch["attention_mask"][row].bool()
         torch.testing.assert_close(together[row][real], expected[real], rtol=0, atol=1e-4)
 
 
-def test_groups_are_named_numbered_or_marked():
+def test_subspaces_are_named_numbered_or_marked():
     model, batch = adapted(), prompts(9, 4)
     by_name = logits(model, batch, subspaces=["facts", "style+tone"])
     marked = torch.tensor([[0, 1, 0], [1, 0, 1]])
@@ -67,14 +67,14 @@ def test_groups_are_named_numbered_or_marked():
     assert torch.equal(logits(model, batch, subspaces=torch.tensor([1, 0])), by_name)
     same = logits(model, batch, subspaces="tone")
     assert torch.equal(logits(model, batch, subspaces=["tone", "tone"]), same)
-    # nothing said, at inference: all of them together
+    # inference without the argument uses all subspaces
     everything = logits(model, batch)
     assert torch.equal(logits(model, batch, subspaces="style+facts+tone"), everything)
     assert not torch.allclose(everything, same)
 
 
 @pytest.mark.parametrize("positions", ["f2+l3", "all"])
-def test_an_example_trains_its_groups_alone(positions):
+def test_an_example_trains_its_subspaces_alone(positions):
     model = adapted(positions=positions).train()
     batch = prompts(9, 6)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
@@ -120,7 +120,7 @@ def test_subspaces_are_saved(tmp_path):
     model, batch = adapted(), prompts(9, 4)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(build("llama"), tmp_path)
-    assert list(again.peft_config["default"].subspaces.items()) == list(GROUPS.items())  # in their order
+    assert list(again.peft_config["default"].subspaces.items()) == list(SUBSPACES.items())  # in their order
     assert torch.equal(logits(again, batch, subspaces="facts"), logits(model, batch, subspaces="facts"))
 
 
@@ -135,12 +135,12 @@ def test_subspaces_are_saved(tmp_path):
         (torch.tensor([0.0, 1.0]), r"subspaces has shape \[2\]"),
     ],
 )
-def test_what_is_no_group_is_named(given, message):
+def test_unknown_subspaces_are_named(given, message):
     with pytest.raises(ValueError, match=message):
         adapted()(**prompts(9, 4), subspaces=given)
 
 
-def test_training_without_subspaces_and_subspaces_without_groups():
+def test_training_without_subspaces_and_subspaces_that_no_adapter_has():
     batch = prompts(9, 6)
     labels = batch["input_ids"].clone()
     labels[:, :4] = -100

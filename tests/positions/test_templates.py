@@ -1,4 +1,4 @@
-"""A response template of text is found whatever the tokenizer made of its edges; one of ids, as it stands."""
+"""A response template of text is found however the tokenizer cuts its edges; one of ids, as it stands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def template(text: str, kind: str) -> TextTemplate:
 
 
 def ends_of(text: str, wanted: str, kind: str) -> tuple[torch.Tensor, list[int]]:
-    """The tokens of a text, and those of them in which a match ends: by the characters that each token covers."""
+    """The ids of a text, and the indices of the tokens in which a match ends, by the characters that each covers."""
     encoded = tokenizer(kind)(text, return_offsets_mapping=True)
     ends, at = set(), text.find(wanted)
     while at >= 0:
@@ -83,15 +83,15 @@ def test_no_match_crosses_the_start_of_a_sequence():
 
 
 def test_ids_that_the_tokenizer_does_not_have_end_a_search():
-    """A vocabulary may have grown since; image tokens may be negative or beyond it."""
+    """A vocabulary may have grown since the table was made; ids of image tokens may be negative or beyond it."""
     ids, (end,) = ends_of("xyz!w", "xyz!w", "byte level")
-    for stranger in (-1, 10**6):
-        spoiled = torch.cat([ids[:, : end - 1], torch.tensor([[stranger]]), ids[:, end - 1 :]], dim=1)
+    for unknown in (-1, 10**6):
+        spoiled = torch.cat([ids[:, : end - 1], torch.tensor([[unknown]]), ids[:, end - 1 :]], dim=1)
         assert matches(template("xyz!w", "byte level"), spoiled) == []
-        after = torch.cat([torch.tensor([[stranger]]), ids], dim=1)
+        after = torch.cat([torch.tensor([[unknown]]), ids], dim=1)
         assert matches(template("xyz!w", "byte level"), after) == [end + 1]
 
-    # nor does a stranger pass for the token with the id 0
+    # an unknown id is not taken for the token with the id 0
     padded, _ = ends_of("x<pad>y", "x<pad>y", "byte level")
     found = template("x<pad>y", "byte level")
     assert matches(found, padded) == [2]
@@ -122,7 +122,7 @@ def checkpoint(tmp_path_factory) -> str:
 
 
 def test_the_base_models_own_tokenizer_is_taken(checkpoint, tmp_path):
-    """By name, so that a saved adapter finds its template again with no tokenizer given."""
+    """The tokenizer is loaded by the base model's name, so a loaded adapter finds its template again."""
     from transformers import AutoModelForCausalLM
 
     config = ReftConfig(r=4, positions="l1", response_template="### Response:", task_type="CAUSAL_LM")

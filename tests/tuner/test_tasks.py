@@ -120,15 +120,15 @@ def test_generation_of_an_encoder_decoder_agrees_with_teacher_forcing(name, targ
 
 def test_what_is_told_of_prompts_is_about_the_encoder_where_it_is_edited():
     model, batch = adapted("t5", positions="l1"), {**prompts(9, 4), "labels": prompts(5, 5, seed=3)["input_ids"]}
-    told = {**batch, "prompt_lengths": torch.tensor([3, 2])}
-    assert edited(model, told, states="encoder_hidden_states") == [[2], [1]]
+    with_lengths = {**batch, "prompt_lengths": torch.tensor([3, 2])}
+    assert edited(model, with_lengths, states="encoder_hidden_states") == [[2], [1]]
     mask = torch.zeros(2, 9, dtype=torch.bool)
     mask[0, 4] = mask[1, 1] = True
     assert edited(model, {**batch, "intervention_mask": mask}, states="encoder_hidden_states") == [[4], [1]]
 
 
 def test_a_decoder_has_a_prompt_of_its_own():
-    """What is told of prompts is not about its tokens, where the encoder is edited too."""
+    """prompt_lengths are not about the decoder's tokens, where the encoder is edited too."""
     model = adapted("t5", positions="l1", target_modules=BOTH)
     batch = {**prompts(9, 4), "labels": prompts(5, 5, seed=3)["input_ids"], "prompt_lengths": torch.tensor([3, 2])}
     layer = next(m for m in model.modules() if isinstance(m, ReftLayer) and not m.in_encoder)
@@ -144,12 +144,12 @@ def test_nothing_of_a_generation_is_left_for_the_next():
     model, batch = adapted("t5", positions="l1"), prompts(9, 4)
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     before = model.generate(**batch, **options)
-    told = model.generate(**batch, prompt_lengths=torch.tensor([3, 2]), **options)
-    assert not torch.equal(told, before)
+    with_lengths = model.generate(**batch, prompt_lengths=torch.tensor([3, 2]), **options)
+    assert not torch.equal(with_lengths, before)
     assert torch.equal(model.generate(**batch, **options), before)
     with torch.no_grad():
         model.get_base_model().get_encoder()(**batch)  # by itself
-    assert torch.equal(model.generate(**batch, prompt_lengths=torch.tensor([3, 2]), **options), told)
+    assert torch.equal(model.generate(**batch, prompt_lengths=torch.tensor([3, 2]), **options), with_lengths)
 
 
 def test_a_decoder_that_can_not_know_its_prompt():

@@ -1,14 +1,15 @@
-"""Activation checkpointing of the blocks that edited modules lie in, and where backward stops.
+"""Activation checkpointing around edited modules, and the point at which backward stops.
 
-A checkpointed block runs again in backward, when the forward that it belonged to is over and another may have run since.
-Blocks that are edited whole are not concerned: their edit stands outside. Modules inside a block are run again with it, and
-must then read what their own forward read. Nothing that a recompute is given says which forward that was, so it is noted
-where the recompute is set up: in the function with which transformers (`_gradient_checkpointing_func`) and torch
-(`CheckpointWrapper.checkpoint_fn`) checkpoint.
+A checkpointed block runs again in backward: a recompute. By then its forward is over, and another forward may have
+run. An edited block is safe: ReftLayer wraps the checkpointed block, so its edit is never recomputed. An edited module
+inside a block is recomputed with the block, and must edit the tokens of the forward that it belongs to. The arguments
+of a recompute do not say which forward that is. So the plan of the forward is bound to the function that sets the
+recompute up: `_gradient_checkpointing_func` of transformers' blocks, `checkpoint_fn` of torch's `CheckpointWrapper`.
 
-Backward stops at the first edited layer. Below it there is nothing to train, so autograd stores nothing there, unless the embeddings
-are made to need a gradient by `enable_input_require_grads`, as trainers do for adapters. Reentrant checkpointing needs that; without
-it, the gradient only sends backward through blocks whose gradients nobody reads, and keeps their activations for it.
+Backward stops at the first edited layer. Below that layer nothing is trained, so autograd stores no activations there.
+But trainers call `enable_input_require_grads` for adapters, which makes the embeddings require grad. Only reentrant
+checkpointing needs that. Elsewhere backward would run through the lower blocks, and store their activations, for a
+gradient that nobody reads; `BackwardStop` prevents it.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from .transformers_api import CHECKPOINT_FUNCTIONS
 
 
 class BoundCheckpoint:
-    """A checkpoint function whose recompute happens as part of the forward that set it up.
+    """A checkpoint function that runs the recompute with the plan of the forward that set it up.
 
     Args:
-        function (`Callable`): The checkpoint function: takes what to run, and its arguments.
-        remember (`Callable`): Called in the forward; returns a function that gives a context, in which the recompute runs as
-            part of that forward.
+        function (`Callable`): The original checkpoint function. It takes a function to run and its arguments.
+        remember (`Callable`): Called in the forward. Returns a function that makes a context manager, in which layers
+            read the plan of that forward.
     """
 
     def __init__(self, function: Callable, remember: Callable[[], Callable[[], AbstractContextManager]]) -> None:
@@ -37,10 +38,10 @@ class BoundCheckpoint:
         self.remember = remember
 
     def __call__(self, run: Callable, *args: Any, **kwargs: Any) -> Any:
-        as_in_this_forward = self.remember()
+        with_this_plan = self.remember()
 
         def run_again(*inner_args: Any, **inner_kwargs: Any) -> Any:
-            with as_in_this_forward():
+            with with_this_plan():
                 return run(*inner_args, **inner_kwargs)
 
         return self.function(run_again, *args, **kwargs)
@@ -49,7 +50,12 @@ class BoundCheckpoint:
 def bind_checkpoints(
     modules: Iterable[nn.Module], remember: Callable[[], Callable[[], AbstractContextManager]]
 ) -> None:
-    """Bind the checkpoint function of every module that has one. Those that are bound already stay as they are."""
+    """Replace the checkpoint function of every module that has one by a `BoundCheckpoint`, unless it is one already.
+
+    Args:
+        modules (`Iterable[torch.nn.Module]`): The modules.
+        remember (`Callable`): See `BoundCheckpoint`.
+    """
     for module in modules:
         for name in CHECKPOINT_FUNCTIONS:
             function = module.__dict__.get(name)
@@ -58,7 +64,7 @@ def bind_checkpoints(
 
 
 def unbind_checkpoints(modules: Iterable[nn.Module]) -> None:
-    """Give every module its own checkpoint function back."""
+    """Put the original checkpoint function of every module back."""
     for module in modules:
         for name in CHECKPOINT_FUNCTIONS:
             function = module.__dict__.get(name)
@@ -67,7 +73,8 @@ def unbind_checkpoints(modules: Iterable[nn.Module]) -> None:
 
 
 def checkpoints_reentrantly(module: nn.Module) -> bool:
-    """Whether a module checkpoints in the way that needs inputs with a gradient, as far as can be told: it is, if not told not to."""
+    """Whether a module may checkpoint reentrantly, which needs inputs that require grad. It may unless its checkpoint
+    function was made with `use_reentrant=False`."""
     for name in CHECKPOINT_FUNCTIONS:
         function = module.__dict__.get(name)
         if isinstance(function, BoundCheckpoint):
@@ -78,31 +85,38 @@ def checkpoints_reentrantly(module: nn.Module) -> bool:
 
 
 class BackwardStop:
-    """Takes the gradient that `enable_input_require_grads` asks for away again, where nothing needs it."""
+    """Detaches the embeddings' output, where it requires grad only because of `enable_input_require_grads`."""
 
     def __init__(self) -> None:
-        self._asking: Any = None  # transformers' handle, when it was last looked at
-        self._own: Any = None
+        self._known_handle: Any = None  # transformers' handle of its hook, as `watch` last saw it
+        self._own_handle: Any = None
         self._stopping = False
 
     def watch(self, model: nn.Module) -> None:
-        """Look, before a training forward of the base model, at what it has been made to do since the last."""
-        asking = getattr(model, "_require_grads_hook", None)
-        if asking is not self._asking:
-            self._asking = asking
+        """Follow, before each training forward, whether a caller has switched `enable_input_require_grads` or
+        checkpointing on or off.
+
+        Args:
+            model (`torch.nn.Module`): The base model.
+        """
+        handle = getattr(model, "_require_grads_hook", None)
+        if handle is not self._known_handle:
+            self._known_handle = handle
             self.remove()
-            embeddings = model.get_input_embeddings() if asking is not None else None  # type: ignore[operator]
+            embeddings = model.get_input_embeddings() if handle is not None else None  # type: ignore[operator]
             if isinstance(embeddings, nn.Module):
-                self._own = embeddings.register_forward_hook(self._after_embeddings)  # after transformers' own
-        self._stopping = self._own is not None and not any(map(checkpoints_reentrantly, model.modules()))
+                # Registered after transformers' hook, so it runs after that.
+                self._own_handle = embeddings.register_forward_hook(self._after_embeddings)
+        self._stopping = self._own_handle is not None and not any(map(checkpoints_reentrantly, model.modules()))
 
     def remove(self) -> None:
-        """Let the embeddings be."""
-        if self._own is not None:
-            self._own.remove()
-            self._own = None
+        """Take the hook off the embeddings."""
+        if self._own_handle is not None:
+            self._own_handle.remove()
+            self._own_handle = None
 
     def _after_embeddings(self, embeddings: nn.Module, args: tuple, output: Any) -> Tensor | None:
-        # What is trained below would have made it something else than a leaf.
-        asked_for = isinstance(output, Tensor) and output.is_leaf and output.requires_grad
-        return output.detach() if self._stopping and asked_for and torch.is_grad_enabled() else None
+        # A leaf here means that nothing below is trained: it requires grad only because enable_input_require_grads
+        # asked for it, so it may be detached.
+        only_asked_for = isinstance(output, Tensor) and output.is_leaf and output.requires_grad
+        return output.detach() if self._stopping and only_asked_for and torch.is_grad_enabled() else None

@@ -1,11 +1,11 @@
 """Hooks on a model, its encoder and its `generate`: each call of the model becomes one plan for its layers.
 
-This module knows when a call begins and ends. What a call says of its tokens is selector.py's, what layers do about it plan.py's, and
-the state that layers read is plan.py's ModelState. It takes out of the arguments what only ReFT reads (`prompt_lengths`,
-`intervention_mask`, `subspaces`).
+This module knows when a call begins and ends, and removes the arguments that only ReFT reads (`prompt_lengths`,
+`intervention_mask`, `subspaces`) before the base model sees them. selector.py finds the tokens of a call, plan.py
+makes the jobs of the layers, and plan.ModelState is the state that layers read.
 
-An encoder-decoder model has two streams of tokens. Its encoder's are found when the encoder is called, which `generate` does
-outside any forward of the model; its decoder's when the model is.
+An encoder-decoder model has two streams of tokens. The encoder's tokens are found when the encoder is called, which
+`generate` does outside any forward of the model; the decoder's tokens when the model is called.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..parameters import distributed
 from ..parameters.bases import Bases, retract_before_forward, watch_steps
 from ..parameters.loading import check_state_dict, check_weights
 from ..parameters.stacked import LayerAdapter, Stacked, can_be_stacked, needs_gradient
-from ..positions.batch import TOLD, Batch
+from ..positions.batch import REFT_ARGUMENTS, Batch
 from ..positions.selection import Selection
 from ..positions.spec import Rules
 from .checkpointing import BackwardStop, bind_checkpoints, unbind_checkpoints
@@ -37,11 +37,11 @@ class ForwardContext:
     """Plans every forward of one model, for all its ReftLayers.
 
     Args:
-        model (`torch.nn.Module`): The base model, whose calls are watched from the first adapter to `detach`.
+        model (`torch.nn.Module`): The base model. It has this module's hooks from the first `add_adapter` to `detach`.
         encoder (`torch.nn.Module`, *optional*): Its encoder, if it is an encoder-decoder model.
     """
 
-    ATTRIBUTE = "_reft_context"  # of the base model, as long as it is watched
+    ATTRIBUTE = "_reft_context"  # the base model's attribute that holds its context, while the hooks are on
 
     def __init__(self, model: nn.Module, encoder: nn.Module | None) -> None:
         self.layers: list[Layer] = []
@@ -50,8 +50,8 @@ class ForwardContext:
         self.has_encoder = encoder is not None
         self._encoder_parameters = () if encoder is None else forward_parameters(encoder)
         self._parameters = forward_parameters(model)
-        self._sides: dict[str, set[bool]] = {}  # whether an adapter edits the encoder, the rest, or both
-        self._stacks: list[nn.ModuleList] = []  # the lists that edited blocks stand in
+        self._sides: dict[str, set[bool]] = {}  # adapter name -> `in_encoder` of its layers
+        self._block_lists: list[nn.ModuleList] = []  # the lists of modules that have edited blocks as members
         self._selector = Selector(self.state.checks)
         self._stop = BackwardStop()
         self._validated: dict[str, int] = {}  # adapter name -> id of the R parameter that was last validated
@@ -63,25 +63,27 @@ class ForwardContext:
 
     @classmethod
     def of(cls, model: nn.Module) -> ForwardContext | None:
-        """The context of a model that has ReftLayers, or of the base model inside it. None: it has none."""
+        """The context of a model, or of the first of its modules that has one. None: it has no ReftLayers."""
         found = (vars(module).get(cls.ATTRIBUTE) for module in model.modules())
         return next((context for context in found if context is not None), None)
 
     def add_adapter(
         self, model: nn.Module, encoder: nn.Module | None, layers: list[Any], adapter_name: str, rules: Rules
     ) -> None:
-        """Serve an adapter, and watch the calls of the model.
+        """Plan forwards for an adapter, too. The first call registers the hooks on the model.
 
         Args:
             model (`torch.nn.Module`): The base model.
             encoder (`torch.nn.Module`, *optional*): Its encoder.
-            layers (`list[ReftLayer]`): All its edited modules.
-            adapter_name (`str`): The adapter, which is in the layers already.
-            rules (`Rules`): How it finds its tokens.
+            layers (`list[ReftLayer]`): All ReftLayers of the model.
+            adapter_name (`str`): The adapter. Its weights are in the layers already.
+            rules (`Rules`): The rules by which the adapter finds its tokens.
         """
         self.layers = layers
         self.rules[adapter_name] = rules
-        self._stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and any(c in layers for c in m)]
+        self._block_lists = [
+            m for m in model.modules() if isinstance(m, nn.ModuleList) and any(c in layers for c in m)
+        ]
         self._sides[adapter_name] = {layer.in_encoder for layer in layers if adapter_name in layer.reft_config}
         if self._handles:
             return
@@ -102,7 +104,11 @@ class ForwardContext:
         ]
 
     def detach(self, model: nn.Module) -> None:
-        """Leave the model as it was."""
+        """Remove all hooks and attributes of ReFT from the model.
+
+        Args:
+            model (`torch.nn.Module`): The base model.
+        """
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -111,37 +117,41 @@ class ForwardContext:
         for name in ("generate", self.ATTRIBUTE):
             model.__dict__.pop(name, None)
 
-    # -- what others ask -----------------------------------------------------------------------------------------------
+    # -- for other modules --------------------------------------------------------------------------------------------
 
     def all_bases(self) -> list[Bases]:
-        """The bases of all layers, for the hook of optimizer steps."""
+        """The R of all layers. The hook of optimizer steps (parameters/bases.py) calls this."""
         return [layer.bases for layer in self.layers]
 
     def _all_layers(self) -> list[Layer]:
         return self.layers
 
     def forget_weights(self) -> None:
-        """What has been stacked of the weights may not be what they are."""
+        """Drop stacked weights, because the parameters may have changed. The hook of optimizer steps calls this."""
         self.state.weights.forget()
 
     def rules_in_use(self) -> list[Rules]:
-        """The rules of the adapters that are switched on and edit some tokens of a prompt of a decoder, not all."""
-        names = dict.fromkeys(answer.adapter_name for answer in self._ask() if not answer.in_encoder)
+        """The rules of the adapters in use that edit some tokens, not all, and not of an encoder."""
+        names = dict.fromkeys(adapter.adapter_name for adapter in self._adapters_in_use() if not adapter.in_encoder)
         return [rules for name in names if not (rules := self.rules[name]).spec.all_tokens]
 
     @contextmanager
     def mixing(self, adapter_names: Any) -> Iterator[MixedBatch]:
-        """Run the calls within with an adapter for each example.
+        """Calls inside this context use an adapter for each example of the batch.
+
+        Args:
+            adapter_names (`Sequence[str]`): The name of an adapter for each example, `"__base__"` for none.
 
         Raises:
-            ValueError: when there is no adapter of a name.
+            ValueError: when no adapter of such a name is loaded.
         """
         mixed = MixedBatch(adapter_names)
         loaded = {name for layer in self.layers for name in layer.reft_R}
         unknown = sorted(set(mixed.adapters) - loaded)
         if unknown:
             raise ValueError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Loaded are: {', '.join(sorted(loaded))}."
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Loaded are: "
+                f"{', '.join(sorted(loaded))}."
             )
         call = self.state.call
         before, call.mixed = call.mixed, mixed
@@ -154,8 +164,8 @@ class ForwardContext:
         check_state_dict(model, self.layers, self.rules, state_dict, prefix)
 
     # -- forward -----------------------------------------------------------------------------------------------------
-    # torch.compile leaves what is decorated out of its graphs: it reads the cache, the batch and the state of the weights,
-    # and its result, index tensors of few different shapes, is an input to the compiled layers.
+    # These hooks are not compiled: they read the cache, the batch and the state of the weights. Their results, index
+    # tensors of few different shapes, are inputs of the compiled layers.
 
     @torch.compiler.disable
     def _before_forward(
@@ -166,21 +176,21 @@ class ForwardContext:
             call.jobs, call.skipped = {}, True
             return None
         arguments = {**dict(zip(self._parameters, args)), **kwargs}
-        told = {key: value for key in TOLD if (value := arguments.pop(key, None)) is not None}
-        call.told = told or (generation.told if generation is not None else {})
+        given = {key: value for key in REFT_ARGUMENTS if (value := arguments.pop(key, None)) is not None}
+        call.given = given or (generation.given if generation is not None else {})
         call.jobs = {}
         self._begin(model)
         if model.training:
-            bind_checkpoints(self._around_edits(model), self._remember)
+            bind_checkpoints(self._may_checkpoint_edits(model), self._remember)
             self._stop.watch(model)
-        self._refuse_stray_subspaces(told, call.active)
+        self._refuse_unused_subspaces(given, call.active)
         if call.mixed is not None:
-            first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            call.mixed.refuse_other_size(first.shape[0], repeated=generation is not None)
+            tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            call.mixed.refuse_other_size(tensor.shape[0], repeated=generation is not None)
         self._plan(model, arguments, in_encoder=False)
         if generation is not None:
             generation.advance()
-        return args, {key: value for key, value in kwargs.items() if key not in TOLD}
+        return args, {key: value for key, value in kwargs.items() if key not in REFT_ARGUMENTS}
 
     @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
@@ -192,7 +202,7 @@ class ForwardContext:
         call.encoder_alone = call.jobs is None  # as generate calls it
         if call.jobs is None:
             call.jobs = {}
-            call.told = call.generation.told if call.generation is not None else {}
+            call.given = call.generation.given if call.generation is not None else {}
             self._begin(encoder)
         self._plan(encoder, {**dict(zip(self._encoder_parameters, args)), **kwargs}, in_encoder=True)
 
@@ -202,36 +212,44 @@ class ForwardContext:
             self.state.call.clear()
 
     def _begin(self, model: nn.Module) -> None:
-        """Ask each layer once for its adapters in use, and see that their weights are as the layers are to read them."""
+        """Ask each layer once for its adapters in use, check weights that were replaced, and retract stale R."""
         self.state.checks.settle()
         call = self.state.call
-        call.answers = self._ask()
+        call.in_use = self._adapters_in_use()
         call.active = {}
-        for answer in call.answers:
-            call.active.setdefault(answer.adapter_name, answer)
-        for name, first in call.active.items():
-            # transformers' load_adapter puts new parameters in a layer, past the state dict and its checks.
-            if self._validated.get(name) != id(first.R):
+        for adapter in call.in_use:
+            call.active.setdefault(adapter.adapter_name, adapter)
+        for name, adapter in call.active.items():
+            # transformers' load_adapter sets new parameters without load_state_dict, whose hook would check them.
+            if self._validated.get(name) != id(adapter.R):
                 check_weights(self.layers, name)
-                self._validated[name] = id(first.R)
+                self._validated[name] = id(adapter.R)
         retract_before_forward(model, self.all_bases())
 
-    def _ask(self) -> list[LayerAdapter]:
+    def _adapters_in_use(self) -> list[LayerAdapter]:
         """The adapters in use in each layer."""
         mixed = self.state.call.mixed
         names = None if mixed is None else mixed.adapters
-        return [answer for layer in self.layers for answer in layer.adapters_in_use(names)]
+        return [adapter for layer in self.layers for adapter in layer.adapters_in_use(names)]
 
     def _plan(self, module: nn.Module, arguments: dict[str, Any], in_encoder: bool) -> None:
-        """Find what every adapter in use edits in a call of the model or its encoder, stack the weights of those that have something to
-        edit, and note each layer's part."""
+        """Make the jobs of the layers of a module for its call.
+
+        For each adapter in use, find the tokens that it edits and, if there are any, stack its weights.
+
+        Args:
+            module (`torch.nn.Module`): The base model, or its encoder.
+            arguments (`dict`): The arguments of the call, by name, without those that only ReFT reads.
+            in_encoder (`bool`): Whether the module is the encoder.
+        """
         call = self.state.call
-        # DataParallel's copies on other devices have weights of their own, which these layers are not.
+        # A replica of DataParallel runs copies of the layers with weights of their own, on another device than
+        # self.layers.
         replica = getattr(module, "_is_replica", False)
         by_adapter: dict[str, list[LayerAdapter]] = {}
-        answers = [answer for answer in call.answers or () if answer.in_encoder == in_encoder]
-        for answer in answers:
-            by_adapter.setdefault(answer.adapter_name, []).append(answer)
+        in_use = [adapter for adapter in call.in_use or () if adapter.in_encoder == in_encoder]
+        for adapter in in_use:
+            by_adapter.setdefault(adapter.adapter_name, []).append(adapter)
         selections: dict[str, Selection | None] = {}
         stacked: dict[str, tuple[Stacked, bool]] = {}
         by_rules: dict[tuple[Rules, bool], Selection | None] = {}
@@ -240,10 +258,10 @@ class ForwardContext:
             if rules.depend_on_batch:
                 if distributed.is_distributed():
                     distributed.refuse_split_sequences()
-                kind = (rules, True in self._sides[name])
-                if kind not in by_rules:
-                    by_rules[kind] = self._selector.select(rules, self._call(name, module, arguments, in_encoder))
-                selection = by_rules[kind]
+                key = (rules, True in self._sides[name])  # adapters with the same key edit the same tokens
+                if key not in by_rules:
+                    by_rules[key] = self._selector.select(rules, self._call(name, module, arguments, in_encoder))
+                selection = by_rules[key]
                 if selection is not None and call.mixed is not None:
                     rows, device = selection.edited_BS.shape[0], selection.edited_BS.device
                     selection = selection.in_rows(call.mixed.rows(name, rows, device))
@@ -254,28 +272,31 @@ class ForwardContext:
                 stacked[name] = weights
         names = [layer.name for layer in self.layers if layer.in_encoder == in_encoder]
         assert call.jobs is not None
-        call.jobs.update(plan(names, answers, selections, stacked, call.mixed, on_own_devices=not replica))
+        call.jobs.update(plan(names, in_use, selections, stacked, call.mixed, on_own_devices=not replica))
         call.recomputed = None
 
     def _call(self, name: str, module: nn.Module, arguments: dict[str, Any], in_encoder: bool) -> Call:
-        """A call as the rules of an adapter see it."""
+        """A call of a module, with the arguments that an adapter of that name may read. For the rest see `_plan`."""
         state = self.state.call
-        told, prefix = state.told or {}, ""
+        given, prefix = state.given or {}, ""
         if self.has_encoder and not in_encoder:
             prefix = "decoder_"
-            if True in self._sides[name]:  # what is told of prompts is about the encoder's tokens, if it edits any
-                told = {key: value for key, value in told.items() if key == "subspaces"}
-        batch = Batch.from_inputs({**arguments, **told}, prefix)
+            # If the adapter edits the encoder, prompt_lengths and intervention_mask are about the encoder's tokens.
+            if True in self._sides[name]:
+                given = {key: value for key, value in given.items() if key == "subspaces"}
+        batch = Batch.from_inputs({**arguments, **given}, prefix)
         generation, model_name = state.generation, type(module).__name__
         return Call(
-            model_name, arguments, batch, prefix, told.get("subspaces"), module.training, generation, in_encoder
+            model_name, arguments, batch, prefix, given.get("subspaces"), module.training, generation, in_encoder
         )
 
     def _stack(self, layers: list[LayerAdapter], in_graph: bool) -> tuple[Stacked, bool] | None:
-        """The weights of an adapter for the forward, and whether they have a gradient. None: each layer reads its own.
+        """The stacked weights of an adapter, and whether they are a part of the graph. None: each layer reads its own.
 
-        They are a part of the graph only where edits depend on the batch: others run in whatever a user may checkpoint by himself,
-        and in its recompute, outside any forward, each layer reads its own weights. The two would not save the same tensors.
+        Trained weights are stacked only where the edits depend on the batch (`in_graph`). An edit that does not may
+        run inside a function that a user checkpoints with `torch.utils.checkpoint`. Its recompute runs outside any
+        forward, without a plan, so each layer reads its own parameters there; a forward with stacked weights would
+        have saved other tensors for backward, and torch would raise an error.
         """
         if not can_be_stacked(layers):
             return None
@@ -283,61 +304,77 @@ class ForwardContext:
             return self.state.weights.of(layers), False
         return (Stacked(layers), True) if in_graph else None
 
-    def _around_edits(self, model: nn.Module) -> Iterable[nn.Module]:
-        """The modules that may run an edit again in backward: all, or, where only whole blocks are edited, what may have
-        been wrapped around a block since."""
+    def _may_checkpoint_edits(self, model: nn.Module) -> Iterable[nn.Module]:
+        """The modules that may checkpoint an edit: all modules of the model. Where only whole blocks are edited, only
+        a wrapper that was put around a ReftLayer can, so the members of the lists of blocks are enough."""
         if all(layer.is_block for layer in self.layers):
-            return (member for stack in self._stacks for member in stack)
+            return (member for blocks in self._block_lists for member in blocks)
         return model.modules()
 
     def _remember(self) -> Callable[[], AbstractContextManager]:
-        """For what is checkpointed, which runs now and again in backward: a context in which this forward's plan holds. Its
-        layers read their own weights: what is stacked for all is a part of the graph outside."""
+        """Keep the plan of the running forward for a recompute.
+
+        Returns:
+            `Callable`: Makes a context manager in which layers read this plan, in the forward and in the recompute. In
+                it each layer reads its own parameters: stacked weights are a part of the graph outside the
+                checkpointed function.
+        """
         call = self.state.call
         if call.recomputed is None:
             call.recomputed = with_own_weights(call.jobs or {})
         recomputed = call.recomputed
 
         @contextmanager
-        def as_in_this_forward() -> Iterator[None]:
+        def with_this_plan() -> Iterator[None]:
             before, call.jobs = call.jobs, recomputed
             try:
                 yield
             finally:
                 call.jobs = before
 
-        return as_in_this_forward
+        return with_this_plan
 
-    def _refuse_stray_subspaces(self, told: dict[str, Any], active: Iterable[str]) -> None:
-        if "subspaces" in told and active and not any(self.rules[name].subspaces for name in active):
+    def _refuse_unused_subspaces(self, given: dict[str, Any], active: Iterable[str]) -> None:
+        """Raise a ValueError when the caller passes subspaces and no adapter in use has any."""
+        if "subspaces" in given and active and not any(self.rules[name].subspaces for name in active):
             raise ValueError(
-                f"subspaces={told['subspaces']!r} was passed, but no adapter in use has subspaces. Set them in ReftConfig, for "
-                "example ReftConfig(r=8, subspaces={'style': 4, 'facts': 4}), or leave subspaces out."
+                f"subspaces={given['subspaces']!r} was passed, but no adapter in use has subspaces. Set them in "
+                "ReftConfig, for example ReftConfig(r=8, subspaces={'style': 4, 'facts': 4}), or leave subspaces out."
             )
 
     # -- generate ----------------------------------------------------------------------------------------------------
 
     @contextmanager
     def generating(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Note the prompt that a `generate` is given, and yield the arguments to pass on."""
+        """Forwards inside this context belong to a `generate` with these arguments. Yields the keyword arguments to
+        pass to the base model's `generate`.
+
+        Args:
+            model (`torch.nn.Module`): The base model.
+            args (`tuple`): The positional arguments of `generate`.
+            kwargs (`dict`): Its keyword arguments.
+
+        Raises:
+            ValueError: when an adapter edits tokens of prompts and `generate` has none, or can't be matched to them.
+        """
         call, kwargs = self.state.call, dict(kwargs)
-        told = {key: value for key in TOLD if (value := kwargs.pop(key, None)) is not None}
-        active = {answer.adapter_name: answer for answer in self._ask()}
-        in_use = [self.rules[name] for name in active if self.rules[name].depend_on_batch]
-        self._refuse_stray_subspaces(told, active)
-        if not in_use and call.mixed is None:
+        given = {key: value for key in REFT_ARGUMENTS if (value := kwargs.pop(key, None)) is not None}
+        active = dict.fromkeys(adapter.adapter_name for adapter in self._adapters_in_use())
+        depend_on_batch = any(self.rules[name].depend_on_batch for name in active)
+        self._refuse_unused_subspaces(given, active)
+        if not depend_on_batch and call.mixed is None:
             yield kwargs
             return
         rows = given_input(model, args, kwargs).shape[0]
         if call.mixed is not None:
             call.mixed.refuse_other_size(rows, repeated=False)
         prompts = None
-        if in_use:
+        if depend_on_batch:
             refuse_unknown_prompts(model, kwargs)
-            # What an encoder-decoder model is given goes to its encoder, and is no prompt of its decoder.
-            prompts = None if self.has_encoder else given_prompts(model, args, kwargs, told)
-        skips = bool(in_use) and not any(self.rules[name].spec.all_tokens for name in active)
-        before, call.generation = call.generation, Generation(told, rows, prompts, skips_decoding=skips)
+            # The input of an encoder-decoder model's generate goes to its encoder. It is no prompt of the decoder.
+            prompts = None if self.has_encoder else given_prompts(model, args, kwargs, given)
+        skips = depend_on_batch and not any(self.rules[name].spec.all_tokens for name in active)
+        before, call.generation = call.generation, Generation(given, rows, prompts, skips_decoding=skips)
         try:
             yield kwargs
         finally:
@@ -345,7 +382,8 @@ class ForwardContext:
 
 
 class _Generate:
-    """The base model's `generate`, with its prompt noted. An object rather than a closure, to be copied and pickled."""
+    """The base model's `generate` inside `ForwardContext.generating`. An object rather than a closure, because it is
+    copied and pickled with the model."""
 
     def __init__(self, context: ForwardContext, model: Any) -> None:
         self.context = context

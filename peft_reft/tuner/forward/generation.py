@@ -1,8 +1,9 @@
-"""The prompts of a running `generate`, and those of their tokens that one forward in it is fed.
+"""The prompts of a running `generate`, and the part of their tokens that each of its forwards is fed.
 
-A forward alone cannot tell the prompt while generating: with `use_cache=False` every step is a full pass, and a chunked
-prefill is several. So the prompt is what `generate` was given. Its columns are numbered once, and every forward edits
-those of them that it is fed.
+A single forward does not show where the prompt ends: with `use_cache=False` each step is fed prompt and generated
+tokens together, and a chunked prefill feeds the prompt to several forwards. So the prompts are the tokens that
+`generate` was called with. The tokens to edit are found once in whole prompts, and each forward edits those among the
+columns that it is fed.
 """
 
 from __future__ import annotations
@@ -23,49 +24,60 @@ class Generation:
     """A running `generate`.
 
     Args:
-        told (`dict`): What it was told of its prompts besides the tokens: `prompt_lengths`, `subspaces`, ...
-        rows (`int`): How many prompts it was given.
-        prompts (`Batch`, *optional*): The tokens that it was given, None while they are not known: a decoder's prompt,
-            in an encoder-decoder model, is what its first forward is fed.
+        given (`dict`): Its arguments that only ReFT reads: `prompt_lengths`, `subspaces`, ...
+        rows (`int`): The number of prompts that it was called with.
+        prompts (`Batch`, *optional*): The prompts. None while they are unknown: in an encoder-decoder model, the
+            decoder's prompts are the tokens that its first forward is fed.
         skips_decoding (`bool`): Whether no adapter edits anything in a decode step.
+        fed (`int`): The number of columns that earlier forwards were fed.
     """
 
-    told: dict[str, Any]
+    given: dict[str, Any]
     rows: int
     prompts: Batch | None = None
     skips_decoding: bool = False
-    fed: int = 0  # columns that earlier forwards were fed
-    _reached: int = 0
-    _tokens: dict[Rules, SelectedTokens] = field(default_factory=dict)
+    fed: int = 0
+    _reached: int = 0  # the same, with the columns of the running forward
+    _tokens: dict[Rules, SelectedTokens] = field(default_factory=dict)  # the tokens to edit in whole prompts
 
     def decodes(self, arguments: dict[str, Any]) -> bool:
-        """Whether a forward is a decode step, as far as can be told without asking the cache."""
+        """Whether a forward is certainly a decode step: the prompts have been fed, and it is fed one token a row.
+
+        This does not read the cache, so it may be False for a decode step.
+
+        Args:
+            arguments (`dict`): The arguments of the forward, by name.
+        """
         return self.prompts is not None and self.fed >= self.prompts.shape[1] and is_one_token(arguments)
 
     def advance(self) -> None:
-        """A forward has found the tokens of all its adapters."""
+        """Count the columns of the running forward as fed, when `select` has been called for all its adapters."""
         self.fed = self._reached
 
     def select(self, rules: Rules, batch: Batch, continued: Past | None) -> Selection | None:
-        """The tokens that an adapter edits in a forward.
+        """The tokens that an adapter edits in a forward of this `generate`.
 
         Args:
-            rules (`Rules`): Those of the adapter.
-            batch (`Batch`): What the forward is fed: the columns that follow those which it continues.
-            continued (`Past`, *optional*): What it continues. A recurrent state does not say how many columns those are: all that
-                earlier forwards were fed. None: nothing, and then it is fed all columns again.
+            rules (`Rules`): The rules of the adapter.
+            batch (`Batch`): The tokens that the forward is fed.
+            continued (`Past`, *optional*): The cache or recurrent state that the forward continues. A recurrent state
+                does not say how many columns it has read; then they are the columns that earlier forwards were fed.
+                None: the forward continues nothing, and is fed all columns again.
+
+        Returns:
+            `Selection`, *optional*: The tokens. None: the forward is a decode step.
 
         Raises:
-            ValueError: when the forward has rows or columns that can't be traced to a prompt.
+            ValueError: when the rows or columns of the forward can't be matched to the prompts.
         """
         if self.prompts is None:
             self.prompts = batch
         rows, width = self.prompts.shape
         if continued is None and batch.shape[1] < width:
             raise ValueError(
-                f"{rules}: within a generate of prompts of {width} tokens the model is fed {batch.shape[1]}, and no argument of it says "
-                "what was read before: which of the prompt's tokens they are can't be known. Leave out what splits the prompt, such as "
-                "prefill_chunk_size, or set positions='all'."
+                f"{rules}: within a generate of prompts of {width} tokens the model is fed {batch.shape[1]}, and no "
+                "argument of it says what was read before: which of the prompt's tokens they are can't be known. "
+                "Leave out what splits the prompt, such as prefill_chunk_size, or set positions='all'."
             )
         past = 0 if continued is None else self.fed if continued.length is None else continued.length
         self._reached = max(self.fed, past + batch.shape[1])
@@ -81,16 +93,24 @@ class Generation:
         return self._tokens[rules].in_columns(past, batch.shape[1], repeats, rules).to(batch.device)
 
 
-def given_prompts(model: Any, args: tuple, kwargs: dict[str, Any], told: dict[str, Any]) -> Batch:
-    """The prompts that a `generate` with these arguments is given.
+def given_prompts(model: Any, args: tuple, kwargs: dict[str, Any], given: dict[str, Any]) -> Batch:
+    """The prompts of a `generate` with these arguments.
 
-    Fills in an attention mask where there is none, as `generate` itself would, so that both go by the same one.
+    Args:
+        model: The base model.
+        args (`tuple`): The positional arguments of `generate`.
+        kwargs (`dict`): Its keyword arguments. If they have no attention mask, this function adds the one that
+            `generate` would infer, so that ReFT and `generate` use the same mask.
+        given (`dict`): Its arguments that only ReFT reads.
+
+    Raises:
+        ValueError: when `generate` was called without a prompt.
     """
     tokens = given_input(model, args, kwargs)
     input_ids = tokens if tokens.dim() == 2 else kwargs.get("input_ids")
     shape = (tokens.shape[0], tokens.shape[1])
     if input_ids is not None and input_ids.shape != shape:
-        input_ids = None  # embeddings alone
+        input_ids = None  # the prompts are embeddings, and these ids are not their tokens
     elif input_ids is tokens and kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = inferred_mask(model, input_ids, kwargs)
     return Batch(
@@ -98,37 +118,41 @@ def given_prompts(model: Any, args: tuple, kwargs: dict[str, Any], told: dict[st
         tokens.device,
         input_ids=input_ids,
         attention_mask=kwargs.get("attention_mask"),
-        prompt_lengths=told.get("prompt_lengths"),
-        intervention_mask=told.get("intervention_mask"),
+        prompt_lengths=given.get("prompt_lengths"),
+        intervention_mask=given.get("intervention_mask"),
     )
 
 
 def given_input(model: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """What a `generate` with these arguments is given.
+    """The input of a `generate` with these arguments: token ids [B, S], embeddings [B, S, D], or an encoder's input.
 
     Raises:
-        ValueError: when it is given nothing.
+        ValueError: when there is none.
     """
-    given = main_input(model, args, kwargs)
-    if given is None:
+    tensor = main_input(model, args, kwargs)
+    if tensor is None:
         raise ValueError("generate was given no prompt, but ReFT edits tokens of the prompt. Pass input_ids.")
-    return given
+    return tensor
 
 
 def refuse_unknown_prompts(model: Any, kwargs: dict[str, Any]) -> None:
-    """Ways to generate that feed the model tokens whose place in the prompt can't be told.
+    """Refuse arguments with which `generate` would feed the model tokens that ReFT can't match to the prompts.
+
+    Args:
+        model: The base model.
+        kwargs (`dict`): The keyword arguments of `generate`.
 
     Raises:
         ValueError: naming the argument.
     """
     if has_second_prompt(model, kwargs):
         raise ValueError(
-            "guidance_scale runs the model on a second prompt within generate, and ReFT can't tell it from the first. Leave "
-            "guidance_scale out, or set positions='all'."
+            "guidance_scale runs the model on a second prompt within generate, and ReFT can't tell it from the first. "
+            "Leave guidance_scale out, or set positions='all'."
         )
     continued = find_past_of_generate(type(model).__name__, kwargs)
     if continued is not None and continued.length is None:
         raise ValueError(
-            f"{continued.argument} is a recurrent state of an earlier turn, which does not say how many tokens it has read. Give "
-            "generate the whole conversation without it, or set positions='all'."
+            f"{continued.argument} is a recurrent state of an earlier turn, which does not say how many tokens it has "
+            "read. Give generate the whole conversation without it, or set positions='all'."
         )

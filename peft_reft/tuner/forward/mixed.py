@@ -1,6 +1,6 @@
-"""Batches whose examples use different adapters: `adapter_names` of PEFT, a name for each example.
+"""Mixed batches: their examples use different adapters, by PEFT's `adapter_names`, a name for each example.
 
-This module knows which rows of a batch belong to which adapter. What is edited in them is left to the context and the layers.
+This module knows which rows of a batch belong to which adapter. context.py finds the tokens to edit in these rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class MixedBatch:
     """The adapter of each example of a batch.
 
     Args:
-        names (`Sequence[str]`): A name for each example, `"__base__"` for the base model.
+        names (`Sequence[str]`): The name of an adapter for each example, `"__base__"` for the base model alone.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -31,13 +31,14 @@ class MixedBatch:
         self._rows: dict[tuple[str, int, torch.device], Tensor] = {}
 
     def refuse_other_size(self, examples: int, repeated: bool) -> None:
-        """
+        """Check that a batch has as many examples as there are names.
+
         Args:
-            examples (`int`): Rows of a batch that the model was called with.
-            repeated (`bool`): Whether it may hold each example several times, one after the other, as beams do.
+            examples (`int`): B, the rows of the batch that the model was called with.
+            repeated (`bool`): Whether the batch may hold each example several times, one after the other, as beams do.
 
         Raises:
-            ValueError: when they are not as many as the names.
+            ValueError: when the rows are not as many as the names or, where `repeated`, no multiple of them.
         """
         if examples == len(self.names) or (repeated and examples % len(self.names) == 0):
             return
@@ -47,7 +48,16 @@ class MixedBatch:
         )
 
     def rows(self, adapter_name: str, count: int, device: torch.device) -> Tensor:
-        """Indices of the rows that belong to an adapter, of `count` rows in which each example has equally many."""
+        """Indices of the rows that belong to an adapter.
+
+        Args:
+            adapter_name (`str`): The adapter.
+            count (`int`): Rows of the batch: the same number for each example, one after the other.
+            device (`torch.device`): The device of the result.
+
+        Returns:
+            `torch.LongTensor`: [rows of the adapter].
+        """
         key = (adapter_name, count, device)
         if key not in self._rows:
             own = [index for index, name in enumerate(self.names) if name == adapter_name]
@@ -57,21 +67,21 @@ class MixedBatch:
         return self._rows[key]
 
     def expanded(self, count: int) -> list[str]:
-        """The names of `count` rows in which each example has equally many."""
+        """The adapter's name for each of `count` rows, which are the same number for each example."""
         return [name for name in self.names for _ in range(count // len(self.names))]
 
 
 @contextmanager
 def mixed_modules_to_save(model: nn.Module, mixed: MixedBatch) -> Iterator[None]:
-    """Have PEFT's wrappers of trained modules (`modules_to_save`, `trainable_token_indices`) run each example through the
-    copy of its own adapter."""
+    """Inside this context PEFT's wrappers of trained modules (`modules_to_save`, `trainable_token_indices`) run each
+    example through the copy of its own adapter."""
 
-    def tell_names(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        return args, {**kwargs, "adapter_names": mixed.expanded(first.shape[0])}
+    def pass_names(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        return args, {**kwargs, "adapter_names": mixed.expanded(tensor.shape[0])}
 
     with ExitStack() as handles:
         for module in model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
-                handles.enter_context(module.register_forward_pre_hook(tell_names, with_kwargs=True))
+                handles.enter_context(module.register_forward_pre_hook(pass_names, with_kwargs=True))
         yield

@@ -1,7 +1,7 @@
-"""What each layer has to do in one forward, laid out before the first layer runs, and the state in which layers find it.
+"""The plan of one forward: the jobs of each layer, made before the first layer runs, and the state that layers read.
 
-A layer runs once a forward, with little time to spare in a deep model; what does not depend on its hidden state is looked up here,
-for all layers in a row. Layers read `ModelState` and call nothing above them.
+Time spent in a layer counts as often as a deep model has layers. So whatever does not depend on a layer's hidden state
+is looked up here, for all layers in one pass. Layers read `ModelState` and call nothing above them.
 """
 
 from __future__ import annotations
@@ -24,37 +24,38 @@ from .generation import Generation
 from .mixed import MixedBatch
 
 
-Jobs = dict[str, tuple[Job, ...]]  # by the layer's name
+Jobs = dict[str, tuple[Job, ...]]  # layer name -> its jobs, in the order in which its adapters edit
 
 
 class CallState(threading.local):
-    """What belongs to the call that a thread is in. Threads may run one model, as `torch.nn.DataParallel` does."""
+    """The state of the call of the model that a thread runs. One for each thread: `torch.nn.DataParallel` runs a model
+    in several."""
 
-    mixed: MixedBatch | None = None  # the adapters of the examples, where each has its own
-    generation: Generation | None = None
-    told: dict[str, Any] | None = None  # what the caller says of the prompts besides the tokens
-    answers: list[LayerAdapter] | None = None  # the adapters in use in each layer, as the layers answered
-    active: dict[str, LayerAdapter] = {}  # each adapter in use, and the first layer's answer
+    mixed: MixedBatch | None = None  # the adapters of the examples, in a mixed batch
+    generation: Generation | None = None  # the running `generate`
+    given: dict[str, Any] | None = None  # the arguments that only ReFT reads: `prompt_lengths`, `subspaces`, ...
+    in_use: list[LayerAdapter] | None = None  # the adapters in use in each layer
+    active: dict[str, LayerAdapter] = {}  # adapter name -> the adapter in the first layer that uses it
     jobs: Jobs | None = None  # None: no forward is running
-    skipped: bool = False  # a decode step is running in which no layer has anything to do
-    recomputed: Jobs | None = None  # the jobs of what runs in this forward and again in backward
-    encoder_alone: bool = False
+    skipped: bool = False  # a decode step is running in which no layer has a job
+    recomputed: Jobs | None = None  # the jobs for modules that run in this forward and again in backward
+    encoder_alone: bool = False  # the encoder runs outside a forward of the model, as `generate` calls it
     saving: bool = False  # the state dict of the whole model is being collected
 
     def clear(self) -> None:
-        """The forward is over."""
-        self.jobs = self.recomputed = self.told = self.answers = None
+        """Reset what belongs to a forward, when the forward is over."""
+        self.jobs = self.recomputed = self.given = self.in_use = None
         self.skipped = self.saving = False
 
 
 @dataclass
 class ModelState:
-    """What the layers of one model share.
+    """The state that all ReftLayers of one model share.
 
     Args:
-        call (`CallState`): The call that a thread is in.
-        weights (`InferenceWeights`): What has been stacked of their weights.
-        checks (`Checks`): The conditions of batches that are still to be read from a GPU.
+        call (`CallState`): The state of the call that the current thread runs.
+        weights (`InferenceWeights`): The stacked weights of adapters, for forwards without gradients.
+        checks (`Checks`): The conditions on batches that are still to be read from a GPU.
     """
 
     call: CallState = field(default_factory=CallState)
@@ -62,7 +63,7 @@ class ModelState:
     checks: Checks = field(default_factory=Checks)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or an unpickled model is in no call."""
+        """Leave the call out: no call runs a model that has just been copied or unpickled."""
         return {"weights": self.weights, "checks": self.checks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -70,7 +71,7 @@ class ModelState:
 
 
 class Layer(Protocol):
-    """What forwards and saves ask of a ReftLayer."""
+    """The part of a ReftLayer that forward/ reads and calls."""
 
     name: str
     is_block: bool
@@ -82,41 +83,45 @@ class Layer(Protocol):
 
     def adapters_in_use(self, mixed: Sequence[str] | None) -> list[LayerAdapter]: ...
 
-    def keep_weights(self) -> None: ...
+    def load_offloaded(self) -> None: ...
 
 
 def plan(
     layer_names: Iterable[str],
-    answers: Iterable[LayerAdapter],
+    in_use: Iterable[LayerAdapter],
     selections: Mapping[str, Selection | None],
     stacked: Mapping[str, tuple[Stacked, bool]],
     mixed: MixedBatch | None,
     on_own_devices: bool = True,
 ) -> Jobs:
-    """The jobs of some layers. Each layer is there, whether it has any or not.
+    """Make the jobs of some layers.
 
     Args:
         layer_names (`Iterable[str]`): The layers.
-        answers (`Iterable[LayerAdapter]`): The adapters in use in them.
-        selections (`Mapping`): What each adapter edits. None: nothing, for it is a decode step. An adapter that is not there edits all
-            rows.
-        stacked (`Mapping`): The weights of adapters, and whether they have a gradient. Of an adapter that is not there, each layer reads
-            its own.
-        mixed (`MixedBatch`, *optional*): The adapters of the examples, where each has its own.
-        on_own_devices (`bool`): Whether these layers run, and not copies of them on the batch's device.
+        in_use (`Iterable[LayerAdapter]`): The adapters in use in them.
+        selections (`Mapping[str, Selection | None]`): Adapter name -> the tokens that it edits, or None in a decode
+            step, in which it edits nothing. An adapter without an entry edits all rows.
+        stacked (`Mapping[str, tuple[Stacked, bool]]`): Adapter name -> its stacked weights, and whether they are a
+            part of the graph. For an adapter without an entry, each layer reads its own parameters.
+        mixed (`MixedBatch`, *optional*): The adapters of the examples, in a mixed batch.
+        on_own_devices (`bool`): Whether the selections are moved to the devices of these layers. False for a replica
+            of DataParallel, whose layers are on the batch's device.
+
+    Returns:
+        `dict[str, tuple[Job, ...]]`: The jobs by the layer's name. A layer without jobs has an empty tuple.
     """
     jobs: dict[str, list[Job]] = {name: [] for name in layer_names}
-    moved: dict[tuple[str, torch.device], Selection] = {}  # most layers have theirs in common
-    for answer in answers:
-        name, layer_name = answer.adapter_name, answer.layer_name
+    moved: dict[tuple[str, torch.device], Selection] = {}  # the layers on one device share an adapter's selection
+    for adapter in in_use:
+        name, layer_name = adapter.adapter_name, adapter.layer_name
         selection = selections.get(name)
         if selection is None and name in selections:
             continue
         if selection is not None and on_own_devices:
-            place = (name, answer.R.device)
-            if place not in moved:
-                moved[place] = selection.to(answer.R.device)
-            selection = moved[place]
+            key = (name, adapter.R.device)
+            if key not in moved:
+                moved[key] = selection.to(adapter.R.device)
+            selection = moved[key]
         weights, in_bfloat16 = None, None
         if name in stacked:
             own, in_graph = stacked[name]
@@ -124,21 +129,21 @@ def plan(
             in_bfloat16 = None if in_graph else partial(own.in_bfloat16, layer_name)
         examples = None if mixed is None else partial(mixed.rows, name)
         jobs.setdefault(layer_name, []).append(
-            Job(layer_name, name, answer.edit, selection, examples, weights, in_bfloat16)
+            Job(layer_name, name, adapter.edit, selection, examples, weights, in_bfloat16)
         )
     return {name: tuple(own) for name, own in jobs.items()}
 
 
 def unplanned(in_use: Sequence[LayerAdapter], mixed: MixedBatch | None) -> tuple[Job, ...]:
-    """The jobs of a layer that runs outside any forward: each adapter edits all rows, with weights that the layer reads itself.
+    """The jobs of a layer that runs outside any forward: its adapters edit all rows, and it reads its own parameters.
 
     Args:
         in_use (`Sequence[LayerAdapter]`): The adapters in use in the layer.
-        mixed (`MixedBatch`, *optional*): The adapters of the examples, where each has its own.
+        mixed (`MixedBatch`, *optional*): The adapters of the examples, in a mixed batch.
     """
     return tuple(job for own in plan((), in_use, {}, {}, mixed).values() for job in own)
 
 
 def with_own_weights(jobs: Jobs) -> Jobs:
-    """The same for layers that read their own weights."""
+    """The same jobs without stacked weights: each layer reads its own parameters when it runs."""
     return {name: tuple(replace(job, weights=None, in_bfloat16=None) for job in own) for name, own in jobs.items()}

@@ -1,7 +1,8 @@
-"""What is saved is right: every `reft_R` that a state dict holds has orthonormal rows, whatever wrote it.
+"""Saving: every orthonormal `reft_R` in a state dict has orthonormal rows, whatever wrote to the parameter.
 
-This module knows how torch collects a state dict. Of the whole model the bases are made orthonormal at once, by a hook on the base
-model. A part of it, such as one block, has no such hook, and each of its layers sees to its own.
+This module knows how torch collects a state dict. When the whole model is saved, a hook on the base model retracts the
+R of all layers in one batch. When only a part of the model is saved, such as one block, no hook on the base model
+runs, and the hook of each layer retracts its own R.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from .plan import Layer, ModelState
 
 
 class SaveHook:
-    """Sees to the state dicts of a whole model. An object rather than closures, to be copied and pickled.
+    """The state dict hooks of a whole model. An object, not closures: it is copied and pickled with the model.
 
     Args:
-        state (`ModelState`): The state of the model.
-        layers (`Callable`): Gives its ReftLayers.
+        state (`ModelState`): The state that the model's layers share.
+        layers (`Callable`): Returns the model's ReftLayers.
     """
 
     def __init__(self, state: ModelState, layers: Callable[[], Sequence[Layer]]) -> None:
@@ -29,33 +30,42 @@ class SaveHook:
         self.layers = layers
 
     def watch(self, model: nn.Module) -> list[Any]:
-        """Put the hook on a model. Returns handles that take it off again."""
+        """Register the hooks on a model.
+
+        Returns:
+            `list`: The handles of the hooks.
+        """
         return [
             model.register_state_dict_pre_hook(self.before),
+            # partial, because torch sets an attribute on this hook, and a bound method takes none.
             model.register_state_dict_post_hook(partial(self.after)),
         ]
 
     def before(self, *_: Any) -> None:
-        """State dict hook of the model."""
-        _settle(self.state, self.layers())
+        """Runs before the state dict of the model is collected."""
+        _prepare(self.state, self.layers())
         self.state.call.saving = True
 
     def after(self, *_: Any) -> None:
-        """State dict hook of the model."""
+        """Runs when the state dict of the model has been collected."""
         self.state.call.saving = False
 
 
 def before_layer(layer: Any, *_: Any) -> None:
-    """State dict hook of a ReftLayer."""
+    """Runs before the state dict of a ReftLayer is collected. Does nothing if the hook of the whole model has run."""
     if not layer.state.call.saving:
-        _settle(layer.state, [layer])
+        _prepare(layer.state, [layer])
 
 
-def _settle(state: ModelState, layers: Sequence[Layer]) -> None:
-    """Have the parameters of some layers be what is to be saved, and the next forward read them as they are saved."""
+def _prepare(state: ModelState, layers: Sequence[Layer]) -> None:
+    """Retract R in some layers, and drop stacked weights, so that the next forward computes with the saved values.
+
+    Raises:
+        ValueError: when a batch of an earlier step failed a check that was deferred.
+    """
     state.checks.settle()
     state.weights.forget()
     for layer in layers:
-        layer.keep_weights()
-        layer.bases.doubt_all()
+        layer.load_offloaded()
+        layer.bases.doubt_all()  # the values decide, not the version counters: a write through `data` shows in none
     retract_stale([layer.bases for layer in layers])

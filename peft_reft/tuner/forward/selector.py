@@ -1,10 +1,12 @@
 """The tokens that an adapter edits in one call of a model.
 
-This module puts together what the call says of its tokens (positions/batch.py), the rules of the adapter (positions/spec.py) and, within
-`generate`, its prompts (generation.py). What it remembers of earlier batches is what a batch alone does not say. It knows nothing
-of layers.
+This module combines the tokens in the arguments of the call (positions/batch.py), the rules of the adapter
+(positions/spec.py) and, within `generate`, its prompts (generation.py). It remembers two facts of earlier batches that
+a batch alone does not show: whether training batches have labels, and whether attention masks number packed sequences.
+It knows nothing of layers.
 
-Dimensions: B rows of the batch, S tokens of a row, R rank.
+Dimensions: B rows of the batch, S tokens of a row, F tokens of the flattened batch, B · S, N sequences of the batch,
+R rank.
 """
 
 from __future__ import annotations
@@ -20,15 +22,15 @@ from ..positions.batch import Batch, select_tokens
 from ..positions.deferred_checks import Checks
 from ..positions.selection import Selection
 from ..positions.spec import Rules
-from ..positions.subspaces import kept_directions
+from ..positions.subspaces import used_directions
 from .generation import Generation
 from .transformers_api import Past, find_past
 
 
-UNTOLD_EVALUATION = (
-    "A batch without labels is evaluated after training on batches with them: all its tokens are taken for prompt, and the last "
-    "of them are edited. If it holds answers, that is not what training edited. Set response_template in ReftConfig, or pass "
-    "prompt_lengths, for both to agree."
+EVALUATION_WITHOUT_LABELS = (
+    "A batch without labels is evaluated after training on batches with them: all its tokens are taken for prompt, "
+    "and the last of them are edited. If it holds answers, that is not what training edited. Set response_template in "
+    "ReftConfig, or pass prompt_lengths, for both to agree."
 )
 
 
@@ -37,14 +39,15 @@ class Call:
     """A call of a model, or of its encoder.
 
     Args:
-        model_name (`str`): The model's class, for messages.
-        arguments (`dict`): Its arguments, by name, but for those that only ReFT reads.
-        batch (`Batch`, *optional*): The tokens in them. None: there are none.
-        prefix (`str`): What the names of its tokens begin with: `"decoder_"` in an encoder-decoder model.
-        subspaces: What the caller says of subspaces, if anything.
+        model_name (`str`): The class of the model, for messages.
+        arguments (`dict`): The arguments of the call, by name, without those that only ReFT reads.
+        batch (`Batch`, *optional*): The tokens in the arguments. None: there are none.
+        prefix (`str`): The prefix of the names of its tokens: `"decoder_"` for the decoder of an encoder-decoder
+            model.
+        subspaces: The argument `subspaces` of the caller. None: the caller did not pass it.
         training (`bool`): Whether the model is in training mode.
-        generation (`Generation`, *optional*): The `generate` that it belongs to.
-        in_encoder (`bool`): Whether it is one of the encoder of an encoder-decoder model.
+        generation (`Generation`, *optional*): The running `generate` that makes the call.
+        in_encoder (`bool`): Whether the encoder of an encoder-decoder model is called.
     """
 
     model_name: str
@@ -61,22 +64,26 @@ class Selector:
     """Finds the tokens that adapters edit in the calls of one model.
 
     Args:
-        checks (`Checks`): Where conditions are noted that would have to be read from a device.
+        checks (`Checks`): Takes the conditions on batches whose values are on a device, and reads them later.
     """
 
     def __init__(self, checks: Checks) -> None:
         self._checks = checks
-        self._saw_labels = False
-        self._masks_number: bool | None = None
+        self._saw_labels = False  # whether labels have told the prompts of a training batch
+        self._masks_number_sequences: bool | None = None  # None: no mask of integers has been seen yet
 
     def select(self, rules: Rules, call: Call) -> Selection | None:
-        """The tokens that an adapter edits in a call. None: it is a decode step.
+        """The tokens that an adapter edits in a call.
 
         Args:
             rules (`Rules`): How the adapter finds its tokens.
             call (`Call`): The call.
 
+        Returns:
+            `Selection`, *optional*: The tokens. None: the call is a decode step, in which the adapter edits nothing.
+
         Raises:
+            UnknownState: when an argument may carry the state of earlier calls, in a form unknown to ReFT.
             ValueError: when the call does not say where its prompts are, or has none.
         """
         generation = call.generation
@@ -94,100 +101,119 @@ class Selector:
         selection = self._select(rules, batch, call, training)
         if selection is None or not rules.subspaces:
             return selection
-        kept_R_of_tokens = _kept(rules, call, batch, training)
-        return selection if kept_R_of_tokens is None else selection.in_directions(kept_R_of_tokens)
+        used_FR = _used_directions(rules, call, batch, training)
+        return selection if used_FR is None else selection.in_directions(used_FR)
 
     def _select(self, rules: Rules, batch: Batch, call: Call, training: bool) -> Selection | None:
         if rules.spec.all_tokens:
             return Selection(torch.ones(batch.shape, dtype=torch.bool, device=batch.device))
-        if call.in_encoder or (call.generation is None and batch.told == "intervention_mask"):
-            return self._select_in_batch(rules, batch, training)  # whatever a cache may hold
+        if call.in_encoder or (call.generation is None and batch.given_by_caller == "intervention_mask"):
+            # An encoder has no cache, and an intervention_mask names tokens of this very call: no cache is read.
+            return self._select_in_batch(rules, batch, training)
         past = find_past(call.model_name, call.arguments)
         if call.generation is not None:
             return call.generation.select(rules, batch, past)
         read = 0 if past is None else _length(rules, past)
-        if read == 0 or batch.told is not None:
+        if read == 0 or batch.given_by_caller is not None:
             return self._select_in_batch(rules, batch, training, read)
-        _refuse_several(batch, read)
+        _refuse_several_tokens(batch, read)
         return None  # a decode step
 
     def _with_plain_mask(self, batch: Batch) -> Batch:
-        """The batch, with a mask of integers as one of booleans where it does not number packed sequences.
+        """The batch, with an attention mask of integers cast to bool, unless its integers number packed sequences.
 
-        Whether it does would have to be read from the device. A collator that numbers them gives position ids too, and is read;
-        without those, all batches of a model are taken to be of the kind of the first.
+        Whether they do is a value on the device, and reading it would wait for the device. A collator that numbers
+        packed sequences also gives position ids; a batch with those is returned as it is. Among batches without them,
+        all of a model are assumed to be of the kind of the first, whose mask is read. A later check raises an error
+        where one is not.
         """
-        mask, numbers = batch.attention_mask, batch.position_ids is not None or batch.cu_seq_lens is not None
+        mask, is_packed = batch.attention_mask, batch.position_ids is not None or batch.cu_seq_lens is not None
         if (
-            numbers
+            is_packed
             or not isinstance(mask, Tensor)
             or mask.dtype == torch.bool
             or not self._checks.are_deferred_on(mask.device)
         ):
             return batch
         numbered = mask.amax() > 1
-        if self._masks_number is None:
-            self._masks_number = bool(numbered)
-        if self._masks_number:
+        if self._masks_number_sequences is None:
+            self._masks_number_sequences = bool(numbered)
+        if self._masks_number_sequences:
             return batch
         self._checks.require(numbered[None], _refuse_late_numbers)
         return replace(batch, attention_mask=mask != 0)
 
     def _select_in_batch(self, rules: Rules, batch: Batch, training: bool, past: int = 0) -> Selection:
-        """The tokens of a batch, or, where it continues a cache of `past` tokens and its prompts are told, of the rest."""
+        """The tokens that an adapter edits in a batch.
+
+        Where the batch continues a cache of `past` tokens, the caller has given the length of each whole prompt, and
+        the tokens after the first `past` are returned.
+        """
+        # prompt_lengths and attention_mask are about the whole prompts, the tensors that are left out about the rest.
         if past > 0:
             batch = replace(batch, shape=(batch.shape[0], past + batch.shape[1]))
             batch = replace(batch, input_ids=None, position_ids=None, cu_seq_lens=None, labels=None)
         tokens = select_tokens(rules, batch, training, self._checks)
-        if tokens.source == "labels":
+        if tokens.origin == "labels":
             self._saw_labels |= training
-        elif tokens.source == "all tokens" and rules.reads_labels and self._saw_labels:
-            self._saw_labels = False  # say it once
-            warnings.warn(UNTOLD_EVALUATION)
+        elif tokens.origin == "all tokens" and rules.reads_labels and self._saw_labels:
+            self._saw_labels = False  # warn once
+            warnings.warn(EVALUATION_WITHOUT_LABELS)
         return tokens.after(past, rules)
 
 
 def _length(rules: Rules, past: Past) -> int:
-    """How many tokens were read before a call outside `generate`."""
+    """The number of tokens that were read before a call outside `generate`.
+
+    Raises:
+        ValueError: when the model keeps a recurrent state, which does not say it.
+    """
     if past.length is None:
         raise ValueError(
-            f"{rules}: this model keeps a recurrent state ({past.argument}), which does not say how far the prompt has been read. "
-            "Use generate, which says it, or set positions='all'."
+            f"{rules}: this model keeps a recurrent state ({past.argument}), which does not say how far the prompt "
+            "has been read. Use generate, which says it, or set positions='all'."
         )
     return past.length
 
 
-def _refuse_several(batch: Batch, past: int) -> None:
-    """Outside `generate`, one token after a filled cache is a decode step. Several may be a part of a prompt."""
+def _refuse_several_tokens(batch: Batch, past: int) -> None:
+    """Raise a ValueError for several tokens after a filled cache, outside `generate`: they may be a part of a prompt.
+    One token is a decode step."""
     if batch.shape[1] > 1:
         raise ValueError(
-            f"A forward of {batch.shape[1]} tokens continues a cache of {past}, outside `generate`. Whether they belong to "
-            f"the prompt can't be known. Pass prompt_lengths [{batch.shape[0]}], the length of each whole prompt."
+            f"A forward of {batch.shape[1]} tokens continues a cache of {past}, outside `generate`. Whether they "
+            f"belong to the prompt can't be known. Pass prompt_lengths [{batch.shape[0]}], the length of each whole "
+            "prompt."
         )
 
 
-def _refuse_late_numbers(numbers: list[int]) -> ValueError | None:
-    if not numbers[0]:
+def _refuse_late_numbers(numbered: list[int]) -> ValueError | None:
+    """The error for a batch whose attention mask numbers packed sequences, where the first batch's did not."""
+    if not numbered[0]:
         return None
     return ValueError(
-        "The attention_mask of a batch numbers packed sequences (it holds numbers above 1), and that of the model's first batch did "
-        "not. On a GPU ReFT goes by the first. Pass position_ids [batch, tokens] that restart with each sequence, as axolotl's "
-        "and transformers' packing collators do."
+        "The attention_mask of a batch numbers packed sequences (it holds numbers above 1), and that of the model's "
+        "first batch did not. On a GPU ReFT goes by the first. Pass position_ids [batch, tokens] that restart with "
+        "each sequence, as axolotl's and transformers' packing collators do."
     )
 
 
-def _kept(rules: Rules, call: Call, batch: Batch, training: bool) -> Tensor | None:
-    """The directions that each token's example uses, [B · S, R]. None: all of them, where nothing is said."""
-    groups, generation = dict(rules.subspaces), call.generation
+def _used_directions(rules: Rules, call: Call, batch: Batch, training: bool) -> Tensor | None:
+    """The directions that each token's example uses, [F, R]. None: all of them, where the caller names no subspaces.
+
+    Raises:
+        ValueError: when a training batch names no subspaces, or a subspace is unknown.
+    """
+    sizes, generation = dict(rules.subspaces), call.generation
     if call.subspaces is None:
         if training:
             raise ValueError(
-                f"The adapter has subspaces ({', '.join(groups)}), and the training batch does not say which its examples use. "
-                "Pass subspaces [batch] with it: numbers of groups, or names."
+                f"The adapter has subspaces ({', '.join(sizes)}), and the training batch does not say which its "
+                "examples use. Pass subspaces [batch] with it: numbers of groups, or names."
             )
         return None
     if generation is None:
-        kept_QR = kept_directions(call.subspaces, groups, batch.sequences.count, batch.device)
-        return batch.sequences.spread(kept_QR).flatten(0, 1)
-    kept_QR = kept_directions(call.subspaces, groups, generation.rows, batch.device)
-    return kept_QR.repeat_interleave(batch.shape[0] // generation.rows * batch.shape[1], dim=0)
+        used_NR = used_directions(call.subspaces, sizes, batch.sequences.count, batch.device)
+        return batch.sequences.spread(used_NR).flatten(0, 1)
+    used_NR = used_directions(call.subspaces, sizes, generation.rows, batch.device)
+    return used_NR.repeat_interleave(batch.shape[0] // generation.rows * batch.shape[1], dim=0)

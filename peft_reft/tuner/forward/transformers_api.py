@@ -1,9 +1,10 @@
-"""What ReFT relies on in transformers: the names of arguments, the ways of caches and of `generate`, the parts of a model.
+"""Names and behaviours of transformers that ReFT relies on: arguments, caches, `generate`, tokenizers, models.
 
-Everything that a release of transformers can rename stands here, and nothing of ReFT does. Wrong tokens would be edited in silence if a
-call that continues a cache were taken for a new prompt. So the cache is known by its type, under whatever name it comes; what carries
-the state of earlier calls in another form is known by its name; and any other argument that may carry it is an error (`find_past`).
-`RELIED_ON` lists the pieces whose loss would not show by itself. They are looked for once, before the first adapter is made.
+This module holds everything that a release of transformers can rename. It knows nothing of adapters and layers. ReFT
+would edit wrong tokens in silence if it took a call that continues a cache for a new prompt. So `find_past` recognises
+a cache by its type, whatever the name of the argument; recurrent states and memories by their names; and raises an
+error for any other argument that may carry the state of earlier calls. `RELIED_ON` lists the names whose loss would
+raise no error by itself. `check_transformers` looks for them once, before the first adapter is made.
 """
 
 from __future__ import annotations
@@ -37,21 +38,21 @@ __all__ = ["ACT2FN", "AutoTokenizer", "Cache", "Conv1D", "bytes_to_unicode"]
 
 RELIED_ON = (
     "transformers.cache_utils:Cache.get_seq_length",  # how many tokens a cache holds
-    "transformers.cache_utils:Cache.is_linear",  # which of its layers are recurrent states, and hold no tokens
-    "transformers.generation.utils:GenerationMixin.generate",  # it runs every forward of the prompt and of decoding
-    "transformers.modeling_utils:PreTrainedModel.can_generate",  # whether labels are answers, where no task type is given
+    "transformers.cache_utils:Cache.is_linear",  # which of its layers hold recurrent states instead of tokens
+    "transformers.generation.utils:GenerationMixin.generate",  # runs every forward of the prompt and of decoding
+    "transformers.modeling_utils:PreTrainedModel.can_generate",  # whether labels are answers, without a task type
     "transformers.modeling_utils:PreTrainedModel.get_encoder",  # the encoder, whose tokens are not the decoder's
     "transformers.modeling_utils:PreTrainedModel.get_input_embeddings",
     "transformers.modeling_utils:PreTrainedModel.main_input_name",
     "transformers.configuration_utils:PreTrainedConfig.get_text_config",  # depth and width of the main stack
 )
-# Arguments of `generate` that change which tokens are a prompt, or are padding. A GenerationConfig has each of them.
+# Arguments of `generate` that decide which tokens are a prompt or padding. Each is a field of GenerationConfig.
 GENERATION_SETTINGS = ("guidance_scale", "pad_token_id", "eos_token_id")
 
 
 @functools.cache
 def check_transformers() -> None:
-    """Look for the pieces that ReFT relies on, once.
+    """Check, once in a process, that transformers has the names that ReFT relies on.
 
     Raises:
         RuntimeError: naming the piece that the installed transformers lacks, and the versions known to work.
@@ -67,30 +68,31 @@ def check_transformers() -> None:
         raise RuntimeError(gone("transformers", f"the argument {PACKING} of models' forward"))
 
 
-# -- calls ---------------------------------------------------------------------------------------------------------------
+# -- calls ------------------------------------------------------------------------------------------------------------
 
 
 def forward_parameters(module: nn.Module) -> tuple[str, ...]:
-    """The names of the arguments that a module's forward takes by their place."""
+    """The names of the arguments of a module's forward, in the order in which positional arguments fill them."""
     return tuple(inspect.signature(module.forward).parameters)
 
 
 def is_one_token(arguments: Mapping[str, Any]) -> bool:
-    """Whether a forward of a decoder is fed one token for each row."""
+    """Whether the `input_ids` of a forward, by name in `arguments`, are one token for each row: [B, 1]."""
     tokens = arguments.get("input_ids")
     return tokens is not None and tokens.shape[1] == 1
 
 
-# -- what earlier calls have read ----------------------------------------------------------------------------------------
+# -- the state of earlier calls ---------------------------------------------------------------------------------------
 
-# The names of caches of keys and values: "cache" since transformers 5.24, "past_key_values" before. A cache of a type unknown to
-# transformers is believed under these names if it can say how many tokens it holds.
+# Arguments that carry a cache of keys and values: "cache" since transformers 5.24, "past_key_values" before. Under
+# these names a cache of a class that is not transformers' own is accepted, and counted by its `get_seq_length`.
 CACHES = ("cache", "past_key_values")
-# Recurrent states and memories, which do not say how many tokens they have read: of Mamba and xLSTM before 5.24, RWKV, XLNet, Reformer,
-# and of a drafting model, which is fed what its target has read.
+# Arguments that carry a recurrent state or a memory, which does not say how many tokens it has read: those of Mamba
+# and xLSTM before 5.24, of RWKV, XLNet and Reformer, and of a drafting model, which reads the keys and values of its
+# target.
 STATES = ("cache_params", "state", "mems", "past_buckets_states", "shared_kv_states")
-# Arguments whose names sound like state, and that carry none of the tokens that a decoder's blocks count: switches, what another stack
-# (an encoder, a vision tower, the audio stream of Voxtral) has made, and the mask of attention, which is read by its own rules.
+# Arguments whose names sound like state, but that carry no tokens of the decoder: switches, outputs of another stack
+# (an encoder, a vision tower, the audio stream of Voxtral), and the attention mask, which batch.py reads.
 STATELESS = frozenset(
     {
         "attention_mask",
@@ -115,11 +117,11 @@ PLAIN = (Tensor, bool, int, float, str, bytes, torch.dtype, torch.device, type(N
 
 @dataclass(frozen=True)
 class Past:
-    """What a call of a model continues.
+    """The state of earlier calls that a call of a model continues.
 
     Args:
-        argument (`str`): The argument that carries it.
-        length (`int`, *optional*): How many tokens earlier calls have read. None: it does not say.
+        argument (`str`): The name of the argument that carries it.
+        length (`int`, *optional*): The number of tokens that earlier calls have read. None: the state does not say it.
     """
 
     argument: str
@@ -127,18 +129,21 @@ class Past:
 
 
 class UnknownState(ValueError):
-    """An argument may carry the state of earlier calls, in a form that this module does not know."""
+    """Raised when an argument may carry the state of earlier calls, in a form that this module does not know."""
 
 
 def find_past(model_name: str, arguments: Mapping[str, Any]) -> Past | None:
-    """What a call continues. None: no argument of it carries anything of earlier calls.
+    """Find the state of earlier calls in the arguments of a call.
 
     Args:
-        model_name (`str`): The model's class, for messages.
-        arguments (`Mapping`): The arguments of the call, by name.
+        model_name (`str`): The class of the model, for messages.
+        arguments (`Mapping[str, Any]`): The arguments of the call, by name.
+
+    Returns:
+        `Past`, *optional*: The state. None: no argument carries any.
 
     Raises:
-        UnknownState: for an argument that may carry state and is unknown, and where several do.
+        UnknownState: when an unknown argument may carry state, or when several arguments do.
         ValueError: when the call is one of continuous batching.
     """
     found: list[Past] = []
@@ -152,37 +157,39 @@ def find_past(model_name: str, arguments: Mapping[str, Any]) -> Past | None:
 
 
 def _past_in(model_name: str, name: str, value: Any) -> Past | None:
+    """The state of earlier calls in one argument. The errors are those of `find_past`."""
     if isinstance(value, Cache):
-        own = getattr(value, "self_attention_cache", value)  # of an encoder-decoder's two, the decoder's
-        return Past(name, None if own.is_linear and all(own.is_linear) else int(own.get_seq_length()))
+        decoder = getattr(value, "self_attention_cache", value)  # an EncoderDecoderCache holds two caches
+        return Past(name, None if decoder.is_linear and all(decoder.is_linear) else int(decoder.get_seq_length()))
     if type(value).__name__ == "PagedAttentionCache":
         raise ValueError(
-            "Continuous batching (generate_batch) mixes prompts and decode steps in one row, and does not say which token is which. "
-            "Use generate, or set positions='all'."
+            "Continuous batching (generate_batch) mixes prompts and decode steps in one row, and does not say which "
+            "token is which. Use generate, or set positions='all'."
         )
     if name in STATES:
-        # PI0's `state` is that of a robot: a tensor. RWKV's is a list.
+        # PI0 has an argument `state`, too: a tensor, the state of a robot. RWKV's is a list.
         return None if name == "state" and isinstance(value, Tensor) else Past(name, None)
     if name in CACHES:
-        if (
-            isinstance(value, (tuple, list)) and len(value) > 0
-        ):  # keys and values of each layer, as before there were caches
+        # The form from before transformers had Cache: a tuple with the keys and values of each layer.
+        if isinstance(value, (tuple, list)) and len(value) > 0:
             return Past(name, value[0][0].shape[-2])
-        counts = getattr(value, "get_seq_length", None)
-        return Past(name, int(counts()) if callable(counts) else None)
+        get_length = getattr(value, "get_seq_length", None)
+        return Past(name, int(get_length()) if callable(get_length) else None)
     if may_carry_state(name, value):
         raise UnknownState(_unknown(model_name, f"argument {name} ({type(value).__name__}) may carry"))
     return None
 
 
 def may_carry_state(name: str, value: Any) -> bool:
-    """Whether an argument that is none of the known carriers may be one: by a telling name, or a value that is no plain data."""
+    """Whether an argument may carry the state of earlier calls: its name sounds like state, or its value is more than
+    plain data. For arguments that are in none of `CACHES`, `STATES` and `STATELESS`."""
     if isinstance(value, (bool, int, float, str)):
         return False
     return SOUNDS_LIKE_STATE.search(name) is not None or not _is_plain(value)
 
 
 def _is_plain(value: Any) -> bool:
+    """Whether a value is a tensor, a number or text, or is made of those."""
     if isinstance(value, (tuple, list, set)):
         return all(map(_is_plain, value))
     return all(map(_is_plain, value.values())) if isinstance(value, dict) else isinstance(value, PLAIN)
@@ -190,59 +197,76 @@ def _is_plain(value: Any) -> bool:
 
 def _unknown(model_name: str, carriers: str) -> str:
     return (
-        f"{model_name}'s {carriers} what earlier calls have read, in a way that peft_reft does not know, so it can't tell whether the "
-        f"tokens of this call are a prompt. {way_out('transformers')} Until then, name the tokens to edit of each call with "
-        "intervention_mask [batch, tokens], or set positions='all'."
+        f"{model_name}'s {carriers} what earlier calls have read, in a way that peft_reft does not know, so it can't "
+        f"tell whether the tokens of this call are a prompt. {way_out('transformers')} Until then, name the tokens to "
+        "edit of each call with intervention_mask [batch, tokens], or set positions='all'."
     )
 
 
 def find_past_of_generate(model_name: str, kwargs: Mapping[str, Any]) -> Past | None:
-    """What a `generate` with these arguments continues. Most of its arguments are no model's: unknown state is left to the forwards."""
+    """Find the state of earlier calls in the keyword arguments of `generate`.
+
+    Most arguments of `generate` are not passed on to the model, so an unknown argument is no error here. The forwards
+    that `generate` makes are checked by `find_past`.
+
+    Args:
+        model_name (`str`): The class of the model, for messages.
+        kwargs (`Mapping[str, Any]`): The keyword arguments.
+
+    Returns:
+        `Past`, *optional*: The state. None: no argument that is known to carry state is there.
+
+    Raises:
+        UnknownState: when several arguments carry state.
+    """
     known = {name: value for name, value in kwargs.items() if name in (*CACHES, *STATES) or isinstance(value, Cache)}
     return find_past(model_name, known)
 
 
-# -- generate ------------------------------------------------------------------------------------------------------------
+# -- generate ---------------------------------------------------------------------------------------------------------
 
 
 def generation_setting(model: Any, kwargs: Mapping[str, Any], name: str) -> Any:
-    """A setting of a `generate` with these arguments: given itself, or in its generation config, or in the model's."""
+    """A setting of a `generate` with these keyword arguments. They come first, then the `generation_config` among them
+    or, if there is none, the model's."""
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     return kwargs.get(name, getattr(config, name, None))
 
 
 def has_second_prompt(model: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a `generate` runs the model on a second prompt of its own making (classifier-free guidance)."""
+    """Whether a `generate` also runs the model on a second prompt that it makes (classifier-free guidance)."""
     return generation_setting(model, kwargs, "guidance_scale") not in (None, 1, 1.0)
 
 
 def main_input(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """What a `generate` with these arguments is given: token ids or embeddings, or an encoder's input of another kind."""
+    """The input of a `generate` with these arguments: token ids [B, S], embeddings [B, S, D], or the input of an
+    encoder, for example audio features. None: there is none."""
     names = ("inputs_embeds", "inputs", "input_ids", getattr(model, "main_input_name", "input_ids"))
     given = [kwargs[name] for name in names if kwargs.get(name) is not None] + list(args[:1])
     return given[0] if given else None
 
 
 def inferred_mask(model: Any, input_ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-    """The attention mask that `generate` gives prompts that come without one: padding is the pad token, unless that also ends texts."""
+    """The attention mask [B, S], int64, that `generate` infers for prompts without one: 0 at pad tokens. If the pad
+    token is also an end token, `generate` infers no padding."""
     pad, eos = (generation_setting(model, kwargs, name) for name in ("pad_token_id", "eos_token_id"))
     if pad is None or pad in end_ids(eos):
         return torch.ones_like(input_ids)
     return (input_ids != pad).long()
 
 
-# -- tokenizers ----------------------------------------------------------------------------------------------------------
+# -- tokenizers -------------------------------------------------------------------------------------------------------
 
 
 def text_template(text: str, tokenizer: Any) -> TextTemplate:
-    """A response template of text, for the tokens of a tokenizer.
+    """Make the response template that finds a text in the tokens of a tokenizer.
 
     Args:
         text (`str`): The text.
-        tokenizer (`transformers.PreTrainedTokenizerBase`): The tokenizer that made the tokens to search in.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): The tokenizer of the prompts.
 
     Raises:
-        ValueError: for a tokenizer whose tokens do not say which bytes they stand for, or that changes the text.
+        ValueError: when the tokenizer's tokens do not show their bytes, or when the tokenizer changes the text.
     """
     template = TextTemplate(text, _token_bytes(tokenizer))
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -255,7 +279,11 @@ def text_template(text: str, tokenizer: Any) -> TextTemplate:
 
 
 def _token_bytes(tokenizer: Any) -> list[bytes]:
-    """The bytes that each token stands for, by its id."""
+    """The bytes of each token, by its id.
+
+    Raises:
+        ValueError: when the tokenizer is neither of byte-level nor of SentencePiece kind.
+    """
     kinds = _decoders(tokenizer)
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
@@ -272,8 +300,9 @@ def _token_bytes(tokenizer: Any) -> list[bytes]:
             return token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
     else:
         raise ValueError(
-            f"response_template as text needs a tokenizer of byte-level or SentencePiece kind, and {type(tokenizer).__name__} "
-            "is neither. Give the token ids that your prompts end with, for example response_template=[32, 7, 13]."
+            "response_template as text needs a tokenizer of byte-level or SentencePiece kind, and "
+            f"{type(tokenizer).__name__} is neither. Give the token ids that your prompts end with, for example "
+            "response_template=[32, 7, 13]."
         )
     return [
         added[index].encode() if index in added else read(token) if token is not None else b""
@@ -282,7 +311,7 @@ def _token_bytes(tokenizer: Any) -> list[bytes]:
 
 
 def _decoders(tokenizer: Any) -> set[str]:
-    """The names of the steps with which a tokenizer makes text of tokens."""
+    """The types of the decoder steps in a tokenizer's `tokenizer.json`. Empty for a tokenizer without one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return set()
@@ -290,33 +319,33 @@ def _decoders(tokenizer: Any) -> set[str]:
     return {step["type"] for step in [decoder, *decoder.get("decoders", ())] if "type" in step}
 
 
-# -- models --------------------------------------------------------------------------------------------------------------
+# -- models -----------------------------------------------------------------------------------------------------------
 
-# The attributes that hold the function with which a module checkpoints its activations: transformers' blocks, torch's wrapper. A
-# recompute that is not bound by one of them runs into ReftLayer's own refusal to run without a Selection.
+# The attributes that hold a module's checkpoint function: of transformers' blocks, and of torch's wrapper. If a module
+# checkpoints under another name, its recompute has no plan, and ReftLayer raises an error.
 CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
 def end_ids(eos: Any) -> tuple[int, ...]:
-    """An `eos_token_id` of a config, one or several, as a tuple."""
+    """An `eos_token_id` as a tuple: a config holds None, one id or several."""
     if eos is None:
         return ()
     return (eos,) if isinstance(eos, int) else tuple(int(index) for index in eos)
 
 
 def eos_token_id(model: Any) -> Any:
-    """The tokens at which the model's `generate` stops."""
+    """The `eos_token_id` at which a model's `generate` stops: of its generation config or, without one, its config."""
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return getattr(getattr(model, "config", None), "eos_token_id", None) if eos is None else eos
 
 
 def can_generate(model: Any) -> bool:
-    """Whether a model generates text, so that its labels are answers. A model of no transformers class is taken to."""
+    """Whether a model generates text, so that its labels are answers. Models of other libraries are assumed to."""
     return bool(getattr(model, "can_generate", lambda: True)())
 
 
 def text_config(model: nn.Module) -> Any:
-    """The config of a transformers model, or of its text part, None for other models."""
+    """The config of a transformers model or, if that has several parts, of its text part. None for other models."""
     get_text_config = getattr(getattr(model, "config", None), "get_text_config", None)
     return get_text_config() if get_text_config else None
 
@@ -330,5 +359,5 @@ def encoder_of(model: nn.Module) -> nn.Module | None:
 
 
 def block_names(model: nn.Module) -> set[str]:
-    """The classes of its blocks that a model names, to keep each on one device."""
+    """The class names of its blocks that a model lists in `_no_split_modules`. accelerate keeps each on one device."""
     return set(getattr(model, "_no_split_modules", None) or ())

@@ -1,1 +1,1 @@
-"""What is done to a hidden state: the six edits, as functions of tensors."""
+"""The six edits of hidden states. Functions of tensors, without a model."""

@@ -1,9 +1,10 @@
 """The six edits of ReFT, as pure functions of tensors.
 
-This module knows the formulas and how their weights start. Which rows are edited, where the weights live and how R is
-kept orthonormal is left to positions/, parameters/ and orthogonal.py; apply.py edits by these formulas.
+This module knows the formulas and the start values of their weights. positions/ finds the tokens to edit, parameters/
+knows the parameters of layers, orthogonal.py keeps R orthonormal, and apply.py computes the edits.
 
-Every edit adds a combination of the r rows of R to a hidden state h, h + Rᵀc, and they differ in c alone:
+Every edit adds a combination of the r rows of R to a hidden state h, h + Rᵀc. The edits differ in c, and in whether
+the rows of R are orthonormal:
 
 | name     | c                  | R           | source                                               |
 |----------|--------------------|-------------|------------------------------------------------------|
@@ -14,7 +15,9 @@ Every edit adds a combination of the r rows of R to a hidden state h, h + Rᵀc,
 | consreft | b − Rh             | orthonormal | pyreft                                               |
 | lobireft | b                  | orthonormal | pyreft                                               |
 
-Dimensions: G groups of weights, R rank, Q = G · R directions of all groups, T rows to edit, D width of the hidden state.
+The source of an edit is act(Wh + b), or the constant b.
+
+Dimensions: G groups of weights, R rank (r in formulas), D width of the hidden state.
 """
 
 from __future__ import annotations
@@ -27,19 +30,19 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 
-# Those that weights are computed and saved in. The 8-bit ones only store them.
+# The dtypes in which weights are computed and saved. torch's 8-bit floating-point dtypes only store values.
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class Intervention:
-    """What sets one edit apart from another.
+    """The properties in which edits differ.
 
     Args:
         orthonormal (`bool`): Whether the rows of R are kept orthonormal.
-        has_source (`bool`): Whether the source is act(Wh + b), else the constant b.
-        replaces (`bool`): Whether the component Rh is taken away.
-        has_dropout (`bool`): Whether pyreft applies dropout to the edited state.
+        has_source (`bool`): Whether the edit has W: its source is act(Wh + b), else the constant b.
+        replaces (`bool`): Whether the component Rh is subtracted, so that the source replaces it.
+        has_dropout (`bool`): Whether dropout is applied to the edited state, as pyreft does for all but consreft.
     """
 
     orthonormal: bool
@@ -59,16 +62,24 @@ INTERVENTIONS: dict[str, Intervention] = {
 
 
 def activation(name: str | None) -> Callable[[Tensor], Tensor] | None:
-    """The activation function of that name in transformers, None for the identity."""
+    """The activation function by its name in transformers' ACT2FN. None for the identity (`None` or `"linear"`)."""
     return None if name in (None, "linear") else ACT2FN[name]
 
 
-def affine_source(
+def affine_form(
     intervention: Intervention, R_GRD: Tensor, W_GRD: Tensor | None, b_GR: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """M [G, r, D] and b [G, r] of c = Mh + b, which every edit is without an activation function. None where it is 0.
+    """M and b of c = Mh + b, the form that c of every edit has without an activation function.
 
-    Wh − Rh is one product. It is exactly 0 where W = R, which the identity start relies on.
+    Wh − Rh becomes one product, (W − R)h. It is exactly 0 where W = R, which the identity start relies on.
+
+    Args:
+        intervention (`Intervention`): The edit.
+        R_GRD, W_GRD, b_GR (`torch.Tensor`): [G, R, D], [G, R, D] and [G, R], or each with a dimension of layers in
+            front. None for W or b where the edit has none.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: M, of the shape of R, and b. None for either where it is 0.
     """
     if not intervention.replaces:
         return W_GRD, b_GR
@@ -83,15 +94,22 @@ def initialize(
     act: Callable[[Tensor], Tensor] | None,
     init_weights: bool | str,
 ) -> None:
-    """Fill the weights of one layer in place.
+    """Fill the weights of one adapter in one layer with their start values, in place.
 
-    With `init_weights="pyreft"`, or False, as pyreft does: R with orthonormal rows or as a linear layer's weight, W and b as a
-    linear layer's, a constant source uniform in [0, 1).
+    `init_weights="pyreft"`, or False, starts as pyreft does: R with orthonormal rows, or as the weight of a linear
+    layer where it is free; W and b as those of a linear layer; a constant source uniform in [0, 1).
 
-    With `init_weights=True`, such that the edit starts as the identity, exactly, wherever the formula allows it: W = R
-    and b = 0 where the component is replaced without an activation function, W = 0 and b = 0 where act(0) = 0, b = 0
-    for lobireft, and R = 0 where R is free and nothing else does it. What is left (a replaced component with an
-    orthonormal R behind an activation function, and consreft) starts as in pyreft.
+    `init_weights=True` starts with the identity, exactly, wherever the formula allows it: W = R and b = 0 where the
+    component is replaced without an activation function; W = 0 and b = 0 where it is not replaced and act(0) = 0; b =
+    0 for lobireft; and R = 0 where R is free and none of these applies. The other edits (consreft, and an orthonormal
+    R with an activation function that either replaces the component or has act(0) ≠ 0) start as in pyreft.
+
+    Args:
+        intervention (`Intervention`): The edit.
+        R_GRD, W_GRD, b_GR (`torch.Tensor`): [G, R, D], [G, R, D] and [G, R], of any floating dtype. None for W or b
+            where the edit has none.
+        act (`Callable`, *optional*): The activation function of the source. None: the identity.
+        init_weights (`bool` or `str`): `ReftConfig.init_weights`.
     """
     with torch.no_grad():
         for g in range(R_GRD.shape[0]):
@@ -123,6 +141,6 @@ def initialize(
 
 
 def _init_linear(weight_RD: Tensor) -> None:
-    """As `torch.nn.Linear` starts its weight."""
+    """Fill a weight in place as `torch.nn.Linear` does."""
     bound = weight_RD.shape[-1] ** -0.5
     weight_RD.uniform_(-bound, bound)

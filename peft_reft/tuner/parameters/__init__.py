@@ -1,1 +1,1 @@
-"""With what a hidden state is edited: parameters, from an optimizer's step or a file to weights that are ready to use."""
+"""The parameters of edits: from an optimizer step or a file to weights that a forward can read."""

@@ -1,9 +1,10 @@
-"""The weights of an adapter in all layers, stacked and prepared for a forward in a few batched operations.
+"""The weights of an adapter in all layers, stacked and computed in a few batched operations.
 
-This module knows which layers can be prepared together, and for how long the result holds: in training for one forward, whose
-graph it is a part of; else until a weight changes. What an edit makes of its parameters is in interventions/apply.py.
+This module knows which layers can be stacked, and how long a stack is valid: with a gradient, for the forward whose
+graph it is a part of; without, until a parameter changes. interventions/apply.py computes an edit's weights from its
+parameters.
 
-Dimensions: L layers, G groups of weights, R rank, D width.
+Dimensions: G groups of weights, R rank, D width of the hidden state.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from ..interventions.apply import Edit, EditWeights, edit_weights
 from . import distributed
 
 
-Parameters = tuple[nn.Parameter, nn.Parameter | None, nn.Parameter | None]
+Parameters = tuple[nn.Parameter, nn.Parameter | None, nn.Parameter | None]  # R, W and b of an adapter in a layer
 
 
 class LayerAdapter(NamedTuple):
-    """An adapter in use in one layer: what the layer answers when it is asked, once a forward.
+    """An adapter in use in one layer. Each layer is asked for those once a forward.
 
     Args:
-        layer_name (`str`): The layer.
+        layer_name (`str`): The name of the layer in the model.
         adapter_name (`str`): The adapter.
-        in_encoder (`bool`): Whether the layer lies in the encoder of an encoder-decoder model.
-        edit (`Edit`): What the adapter does to each row.
-        R, W, b (`torch.nn.Parameter`): Its parameters, [G, R, D], [G, R, D] and [G, R]; None for those that it does not have.
+        in_encoder (`bool`): Whether the layer is part of the encoder of an encoder-decoder model.
+        edit (`Edit`): The edit.
+        R, W, b (`torch.nn.Parameter`): Its parameters, [G, R, D], [G, R, D] and [G, R]. None for W or b where it has
+            none.
     """
 
     layer_name: str
@@ -49,10 +51,15 @@ class LayerAdapter(NamedTuple):
 
 
 class Stacked:
-    """The weights of an adapter in some layers, in the dtype of their parameters.
+    """The weights of an adapter in some layers, stacked by shape, dtype and device of R.
+
+    They are in the dtype of the parameters, and a part of the graph where gradients are enabled.
 
     Args:
         layers (`Sequence[LayerAdapter]`): The adapter in each layer.
+
+    Attributes:
+        by_layer (`dict[str, EditWeights]`): Layer name -> its weights, views of the stack.
     """
 
     def __init__(self, layers: Sequence[LayerAdapter]) -> None:
@@ -77,17 +84,17 @@ class Stacked:
         }
 
     def in_bfloat16(self, layer_name: str) -> EditWeights:
-        """Those of one layer in bfloat16, cast for all layers at once when they are first asked for."""
+        """The weights of one layer in bfloat16. The first call casts those of all layers."""
         if self._in_bfloat16 is None:
             self._in_bfloat16 = self._unbind(torch.bfloat16)
         return self._in_bfloat16[layer_name]
 
 
 class InferenceWeights:
-    """What has been stacked of a model's adapters, for forwards that compute no gradients of them.
+    """The stacks of a model's adapters, cached for forwards that compute no gradient of the weights.
 
-    It holds until a parameter is replaced or written to, an optimizer has made a step, or `forget` is called. A write through a
-    parameter's `data` leaves no trace: `forget` is called where such writes are usual.
+    An entry is valid until one of its parameters is replaced or written to, or `forget` is called: by the hook of
+    optimizer steps, and where callbacks write through a parameter's `data`, which no version counter shows.
     """
 
     def __init__(self) -> None:
@@ -98,13 +105,18 @@ class InferenceWeights:
         return {"_entries": {}, "_age": 0}
 
     def forget(self) -> None:
-        """Let all be stacked anew."""
+        """Discard all entries."""
         self._age += 1
         self._entries.clear()
 
     def of(self, layers: Sequence[LayerAdapter]) -> Stacked:
-        """The weights of an adapter in all the layers of an encoder, or of the rest, that have it."""
-        if distributed.is_distributed():  # FSDP2 fills parameters anew without a trace
+        """The weights of an adapter, from the cache where they are still valid.
+
+        Args:
+            layers (`Sequence[LayerAdapter]`): The adapter in all layers of the encoder that have it, or in all other
+                layers.
+        """
+        if distributed.is_distributed():  # FSDP2 refills parameters, which no version counter shows
             return _stack_without_graph(layers)
         parameters = [one for layer in layers for one in layer.parameters if one is not None]
         age, versions = self._age, [0 if one.is_inference() else one._version for one in parameters]
@@ -122,16 +134,16 @@ class InferenceWeights:
 
 @torch.no_grad()
 def _stack_without_graph(layers: Sequence[LayerAdapter]) -> Stacked:
-    with torch.inference_mode(False):  # no later graph could use its tensors
+    with torch.inference_mode(False):  # tensors made in inference mode could not be used in a later graph
         return Stacked(layers)
 
 
 def can_be_stacked(layers: Sequence[LayerAdapter]) -> bool:
-    """Whether the parameters of an adapter hold its weights before the layers run. What an engine owns, it brings into a layer
-    when that runs."""
-    return not distributed.is_distributed() or not any(distributed.is_kept(layer.R) for layer in layers)
+    """Whether the parameters of an adapter hold its values before the layers run. Those that an engine owns do not:
+    the engine gathers them for each layer when that layer runs."""
+    return not distributed.is_distributed() or not any(distributed.is_owned_by_engine(layer.R) for layer in layers)
 
 
 def needs_gradient(layers: Sequence[LayerAdapter]) -> bool:
-    """Whether any parameter of an adapter is trained in any of some layers."""
+    """Whether any parameter of an adapter requires a gradient, in any of these layers."""
     return any(one is not None and one.requires_grad for layer in layers for one in layer.parameters)

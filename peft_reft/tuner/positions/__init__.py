@@ -1,1 +1,1 @@
-"""Which tokens are edited: sequences, prompts and positions, as functions of tensors."""
+"""Which tokens are edited: sequences, prompts and positions. Functions of tensors, without a model."""

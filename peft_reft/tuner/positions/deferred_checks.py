@@ -1,8 +1,8 @@
-"""Conditions that a batch has to meet, read from its device without waiting for it.
+"""Conditions that a batch has to meet, read from a GPU one step late.
 
-To read a number back from a GPU is to wait for all that it has been given to do. What a batch is refused for is known on the GPU
-early in a forward, so the number is copied behind it, and read when the next forward begins or an adapter is saved: one step late,
-before anything of it can be kept. On a CPU, where there is nothing to wait for, it is read at once.
+Reading a number from a GPU waits for all work that was queued on it. So a condition on a batch is copied to the host
+behind that work, and read when the next forward begins or an adapter is saved: one step late, before an adapter that
+was trained on a bad batch can be saved. On a CPU, where nothing is queued, it is read at once.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 
-# Those whose queues can be waited for in part, up to an event.
+# Devices that queue work, and on which an event marks a point in the queue to wait for.
 QUEUEING = ("cuda", "xpu")
 
 
 class Checks:
-    """The conditions of one model's batches that are still to be read.
+    """The conditions on the batches of one model that are still to be read.
 
     Args:
         queueing (`tuple[str, ...]`): The types of devices whose numbers are read later.
@@ -37,11 +37,15 @@ class Checks:
         return device.type in self._queueing
 
     def require(self, numbers: Tensor, error_for: Callable[[list[int]], Exception | None]) -> None:
-        """Raise, now or later, what `error_for` makes of numbers.
+        """Check numbers, now or in a later call of `settle`.
 
         Args:
-            numbers (`torch.Tensor`): A few integers or booleans.
-            error_for (`Callable`): Is given them as a list, and returns the error that they are, if they are one.
+            numbers (`torch.Tensor`): A few integers or booleans, [n].
+            error_for (`Callable`): Takes the numbers as a list, and returns the error to raise, or None where they are
+                as they have to be.
+
+        Raises:
+            Exception: the error, where the device does not defer.
         """
         if not self.are_deferred_on(numbers.device):
             _raise(error_for(numbers.tolist()))
@@ -52,7 +56,11 @@ class Checks:
         self._pending.append((copied, copying, error_for))
 
     def settle(self) -> None:
-        """Raise the first error among those that are still to be read."""
+        """Read all pending numbers.
+
+        Raises:
+            Exception: the first error among them. The rest is dropped.
+        """
         pending, self._pending = self._pending, []
         for numbers, copying, error_for in pending:
             copying.synchronize()

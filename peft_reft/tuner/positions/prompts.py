@@ -1,13 +1,17 @@
-"""Where the sequences and the prompts of a batch lie.
+"""The sequences of a batch, and the prompts in them.
 
 This module knows tensors of tokens (masks, labels, position ids) and nothing of models, caches or adapters. The rules
 are those of docs/positions.md. Everything is computed with cumulative sums over fixed shapes: no loop over tokens or
-samples. The one thing that is read back from the device is how many sequences a batch holds that may be packed.
+samples. Two numbers are read back from the device, where they are needed: whether an attention mask of integers
+numbers packed sequences, and how many sequences a batch holds that may be packed.
 
-A run is a stretch of prompt tokens that ends where an answer begins. A sequence has one, or, with
+A run is a stretch of prompt tokens that ends where an answer begins. A sequence has one run, or, with
 `prompt_boundary="every"`, one for each turn.
 
-Dimensions: B rows of the batch, S tokens of a row, Q sequences of the batch.
+A start is a token at which counting begins anew: `start_BS` marks the first token of each row, and of each sequence,
+run or response. `start_BS=None` means that counting begins with each row.
+
+Dimensions: B rows of the batch, S tokens of a row, N sequences of the batch, F = B · S tokens of the flattened batch.
 """
 
 from __future__ import annotations
@@ -19,50 +23,45 @@ import torch
 from torch import Tensor
 
 
-IGNORED_LABEL = -100
+IGNORED_LABEL = -100  # the label of tokens that the loss leaves out
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """The sequences of a batch: one in a row, or several in a packed one.
+    """The sequences of a batch: one in each row, or several in a packed row.
 
     Args:
-        real_BS (`torch.BoolTensor`): The tokens that are not padding.
-        first_BS (`torch.BoolTensor`, *optional*): The first token of each row, and the first real token of each sequence. None: each
-            row is one sequence.
-        count (`int`): Q, how many there are. B, for rows of at most one.
+        real_BS (`torch.BoolTensor`): [B, S], the tokens that are not padding.
+        packed_start_BS (`torch.BoolTensor`, *optional*): [B, S], the starts in packed rows: the first token of each
+            row, and the first real token of each sequence. None: each row is one sequence.
+        count (`int`): N, the number of sequences. B where no row is packed, whether rows are empty or not.
     """
 
     real_BS: Tensor
-    first_BS: Tensor | None
+    packed_start_BS: Tensor | None
     count: int
 
     @property
     def packed(self) -> bool:
-        """Whether a row holds more than one."""
-        return self.first_BS is not None
+        """Whether a row holds more than one sequence."""
+        return self.packed_start_BS is not None
 
     @cached_property
     def start_BS(self) -> Tensor:
         """The first token of each row, and the first real token of each sequence."""
-        if self.first_BS is not None:
-            return self.first_BS
+        if self.packed_start_BS is not None:
+            return self.packed_start_BS
         start_BS = self.real_BS & (self.real_BS.cumsum(dim=1) == 1)
         start_BS[:, 0] = True
         return start_BS
 
-    @property
-    def bounds_BS(self) -> Tensor | None:
-        """Where counting begins anew, for `count_within` and its kin. None: with each row."""
-        return self.first_BS
-
-    def spread(self, value_Q: Tensor) -> Tensor:
-        """Give every token the value of its sequence: [Q, ...] becomes [B, S, ...]."""
+    def spread(self, value_N: Tensor) -> Tensor:
+        """Give every token the value of its sequence: [N, ...] becomes [B, S, ...]."""
         rows, width = self.real_BS.shape
         if not self.packed:
-            return value_Q[:, None].expand(rows, width, *value_Q.shape[1:])
-        opened_T = (self.start_BS & self.real_BS).flatten().cumsum(dim=0)
-        return value_Q[(opened_T - 1).clamp(min=0)].unflatten(0, (rows, width))
+            return value_N[:, None].expand(rows, width, *value_N.shape[1:])
+        opened_F = (self.start_BS & self.real_BS).flatten().cumsum(dim=0)
+        return value_N[(opened_F - 1).clamp(min=0)].unflatten(0, (rows, width))
 
 
 @dataclass(frozen=True)
@@ -70,12 +69,12 @@ class Prompts:
     """The prompts of a batch, as runs of tokens.
 
     Args:
-        prompt_BS (`torch.BoolTensor`): The tokens that belong to a prompt. Never padding.
-        start_BS (`torch.BoolTensor`, *optional*): Where a run may begin: a token with it begins one, and no run crosses it. None:
-            with each row.
-        later_BS (`torch.BoolTensor`, *optional*): The tokens after a sequence's first run. A run there has last tokens
-            and no first ones. None: every sequence has one run.
-        runs (`int`, *optional*): How many runs there are at most, where that is known.
+        prompt_BS (`torch.BoolTensor`): [B, S], the tokens that belong to a prompt. Never padding.
+        start_BS (`torch.BoolTensor`, *optional*): [B, S], the starts: no run crosses one, and between two of them
+            there is at most one run. None: each row has at most one run.
+        later_BS (`torch.BoolTensor`, *optional*): [B, S], the tokens after the first run of their sequence. A run
+            there has last tokens and no first tokens. None: every sequence has one run.
+        runs (`int`, *optional*): An upper bound on the number of runs, where one is known.
     """
 
     prompt_BS: Tensor
@@ -96,13 +95,13 @@ def find_sequences(
 
     Args:
         shape (`tuple[int, int]`): (B, S).
-        device (`torch.device`): Where to compute.
+        device (`torch.device`): The device to compute on.
         attention_mask (`torch.Tensor`, *optional*): [B, S], 0 for padding. Packed rows may number their sequences
             1, 2, 3 ... in it.
-        position_ids (`torch.Tensor`, *optional*): [B, S] or [1, S], restarting in packed rows. Of several rows of
-            positions [4, B, S], as vision-language models have them, the first counts the text; [3, B, S] has no such
-            row, and is not read.
-        cu_seq_lens (`torch.Tensor`, *optional*): [Q + 1], cumulative lengths over the flattened batch.
+        position_ids (`torch.Tensor`, *optional*): [B, S] or [1, S], restarting in packed rows. Vision-language models
+            have several positions for each token: of [4, B, S] the first counts the text; [3, B, S] has none that
+            does, and is not read.
+        cu_seq_lens (`torch.Tensor`, *optional*): [N + 1], cumulative lengths over the flattened batch.
 
     Raises:
         ValueError: when a tensor has another shape than the batch.
@@ -140,12 +139,16 @@ def find_sequences(
 
 
 def whole(sequences: Sequences) -> Prompts:
-    """Every real token is prompt."""
-    return Prompts(sequences.real_BS, sequences.bounds_BS, None, sequences.count)
+    """The prompts where every real token is prompt."""
+    return Prompts(sequences.real_BS, sequences.packed_start_BS, None, sequences.count)
 
 
 def by_lengths(sequences: Sequences, prompt_lengths: Tensor) -> Prompts:
-    """The first `prompt_lengths` [Q] real tokens of each sequence are its prompt.
+    """The prompts where their lengths are given: the first real tokens of each sequence.
+
+    Args:
+        sequences (`Sequences`): The sequences of the batch.
+        prompt_lengths (`torch.Tensor`): [N], in tokens.
 
     Raises:
         ValueError: when there is not one length for each sequence.
@@ -153,85 +156,87 @@ def by_lengths(sequences: Sequences, prompt_lengths: Tensor) -> Prompts:
     if prompt_lengths.shape != (sequences.count,):
         unit = "sequences in its packed rows" if sequences.packed else "rows"
         raise ValueError(
-            f"prompt_lengths has shape {list(prompt_lengths.shape)}, but the batch has {sequences.count} {unit}. Pass one "
-            f"length for each: shape [{sequences.count}]."
+            f"prompt_lengths has shape {list(prompt_lengths.shape)}, but the batch has {sequences.count} {unit}. Pass "
+            f"one length for each: shape [{sequences.count}]."
         )
-    rank_BS = count_within(sequences.real_BS, sequences.bounds_BS)
+    rank_BS = count_within(sequences.real_BS, sequences.packed_start_BS)
     length_BS = sequences.spread(prompt_lengths.to(rank_BS.device))
     return replace(whole(sequences), prompt_BS=sequences.real_BS & (rank_BS <= length_BS))
 
 
 def by_labels(sequences: Sequences, labels: Tensor, every: bool) -> Prompts:
-    """The tokens before an answer are prompt; an answer's tokens have a label that is not -100.
+    """The prompts by labels: the tokens before an answer, whose tokens have a label that is not -100.
 
     Args:
-        sequences (`Sequences`): Those of the batch.
-        labels (`torch.Tensor`): [B, S]. A row without any label is all prompt. In a packed row, a sequence without any is
-            left out: padding at the end of a row looks like that where position ids alone tell sequences apart.
-        every (`bool`): Whether every answer has a prompt of its own, else the first only.
+        sequences (`Sequences`): The sequences of the batch.
+        labels (`torch.Tensor`): [B, S]. A row without any label is all prompt. In a packed row, a sequence without any
+            has no prompt: padding at the end of a row looks the same where position ids alone tell sequences apart.
+        every (`bool`): Whether every answer has a prompt of its own, else only the first.
     """
     answer_BS = sequences.real_BS & (labels != IGNORED_LABEL)
-    answered_BS = count_within(answer_BS, sequences.bounds_BS)
+    answered_BS = count_within(answer_BS, sequences.packed_start_BS)
     prompt_BS = sequences.real_BS & (answered_BS == 0)
     if sequences.packed:
-        prompt_BS &= total_within(answer_BS, sequences.bounds_BS) > 0
+        prompt_BS &= total_within(answer_BS, sequences.packed_start_BS) > 0
     if not every:
         return replace(whole(sequences), prompt_BS=prompt_BS)
-    before_another_BS = answered_BS < total_within(answer_BS, sequences.bounds_BS)
+    before_another_BS = answered_BS < total_within(answer_BS, sequences.packed_start_BS)
     prompt_BS = prompt_BS | sequences.real_BS & ~answer_BS & before_another_BS
-    # A sequence may begin with an answer: what follows it has no first tokens to edit either.
+    # A sequence may begin with an answer: a run after that has no first tokens to edit either.
     return _in_runs(prompt_BS, sequences.start_BS, later_BS=answered_BS > 0)
 
 
 def by_responses(sequences: Sequences, match_BS: Tensor, end_BS: Tensor, every: bool) -> Prompts:
-    """A response begins after each match of the response template.
+    """The prompts by the response template: a response begins after each match of it.
 
-    A response ends with its first end token. Where a sequence has none before its next match, the next turn is taken to
-    begin with the response.
+    A response ends with its first end token. Where there is none before the next match, no token tells the response
+    from the prompt of the next turn, and both are taken for prompt.
 
     Args:
-        sequences (`Sequences`): Those of the batch.
-        match_BS (`torch.BoolTensor`): The last token of each match. A sequence without one is all prompt.
-        end_BS (`torch.BoolTensor`): The tokens that end a text, as `generate` stops at them.
-        every (`bool`): Whether every response has a prompt of its own, else the first only.
+        sequences (`Sequences`): The sequences of the batch.
+        match_BS (`torch.BoolTensor`): [B, S], the last token of each match. A sequence without one is all prompt.
+        end_BS (`torch.BoolTensor`): [B, S], the tokens that end a response (`eos_token_id`).
+        every (`bool`): Whether every response has a prompt of its own, else only the first.
     """
     match_BS = match_BS & sequences.real_BS
-    begun_BS = _before(match_BS, sequences.bounds_BS)
+    begun_BS = _before(match_BS, sequences.packed_start_BS)
     prompt_BS = sequences.real_BS & (begun_BS == 0)
     if not every:
         return replace(whole(sequences), prompt_BS=prompt_BS)
     response_start_BS = sequences.start_BS | match_BS.roll(1, dims=1)
     over_BS = _before(end_BS, response_start_BS) > 0
     endless_BS = total_within(end_BS, response_start_BS) == 0
-    another_BS = begun_BS < total_within(match_BS, sequences.bounds_BS)
+    another_BS = begun_BS < total_within(match_BS, sequences.packed_start_BS)
     prompt_BS = prompt_BS | sequences.real_BS & another_BS & (over_BS | endless_BS)
     return _in_runs(prompt_BS, response_start_BS, later_BS=begun_BS > 0)
 
 
 def _in_runs(prompt_BS: Tensor, start_BS: Tensor, later_BS: Tensor) -> Prompts:
-    """Cut the prompt tokens into runs, at the starts and wherever a prompt begins again."""
+    """Cut the prompt tokens into runs: a run begins at a start, and at a prompt token after one that is no prompt."""
     after_prompt_BS = prompt_BS.roll(1, dims=1)
     after_prompt_BS[:, 0] = False
     return Prompts(prompt_BS, start_BS | prompt_BS & ~after_prompt_BS, later_BS, None)
 
 
 def count_within(mask_BS: Tensor, start_BS: Tensor | None) -> Tensor:
-    """How many tokens of `mask_BS` there are from the latest start up to each token, itself included. None: from the row's start."""
+    """For each token, how many tokens of `mask_BS` there are from the latest start up to it, itself included. int64,
+    [B, S].
+    """
     return _since_start(mask_BS.cumsum(dim=1), mask_BS, start_BS)
 
 
 def total_within(mask_BS: Tensor, start_BS: Tensor | None) -> Tensor:
-    """How many tokens of `mask_BS` there are between the starts around each token."""
+    """For each token, how many tokens of `mask_BS` there are between the starts around it. int64, [B, S]."""
     return count_and_total_within(mask_BS, start_BS)[1]
 
 
 def count_and_total_within(mask_BS: Tensor, start_BS: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What `count_within` gives, and what `total_within` gives."""
+    """`count_within` and `total_within`, by one cumulative sum."""
     total_BS = mask_BS.cumsum(dim=1)
     if start_BS is None:
         return total_BS, total_BS[:, -1:].expand_as(total_BS)
     count_BS = _since_start(total_BS, mask_BS, start_BS)
-    # The count where a stretch ends, carried back to its start.
+    # The cumulative sum at the last token before the next start, carried back to all tokens before it.
     end_BS = start_BS.roll(-1, dims=1)
     end_BS[:, -1] = True
     at_end_BS = torch.where(end_BS, total_BS, total_BS.shape[1]).flip(1).cummin(dim=1).values.flip(1)
@@ -239,25 +244,33 @@ def count_and_total_within(mask_BS: Tensor, start_BS: Tensor | None) -> tuple[Te
 
 
 def _since_start(total_BS: Tensor, mask_BS: Tensor, start_BS: Tensor | None) -> Tensor:
+    """Turn the cumulative sum of a mask over the row into its cumulative sum since the latest start."""
     if start_BS is None:
         return total_BS
     return total_BS - torch.where(start_BS, total_BS - mask_BS.long(), 0).cummax(dim=1).values
 
 
 def _before(mask_BS: Tensor, start_BS: Tensor | None) -> Tensor:
-    """How many tokens of `mask_BS` there are from the latest start up to each token, itself left out."""
+    """For each token, how many tokens of `mask_BS` there are from the latest start up to it, itself left out."""
     return count_within(mask_BS, start_BS) - mask_BS.long()
 
 
 def as_batch(name: str, tensor: Tensor, shape: tuple[int, int], device: torch.device) -> Tensor:
-    """Put a tensor on a device.
+    """Check the shape of a tensor of the batch, and move it to a device.
+
+    Args:
+        name (`str`): The argument, for messages.
+        tensor (`torch.Tensor`): [B, S].
+        shape (`tuple[int, int]`): (B, S).
+        device (`torch.device`): The device to move to.
 
     Raises:
         ValueError: when it has another shape than the batch.
     """
     if tuple(tensor.shape) != shape:
         raise ValueError(
-            f"{name} has shape {list(tensor.shape)}, but the batch has {shape[0]} rows of {shape[1]} tokens. ReFT reads "
-            f"{name} to find the tokens to edit: pass it with shape {list(shape)}, or pass intervention_mask instead."
+            f"{name} has shape {list(tensor.shape)}, but the batch has {shape[0]} rows of {shape[1]} tokens. ReFT "
+            f"reads {name} to find the tokens to edit: pass it with shape {list(shape)}, or pass intervention_mask "
+            "instead."
         )
     return tensor.to(device)

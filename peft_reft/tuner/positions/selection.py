@@ -1,9 +1,12 @@
-"""The Selection that one batch gives: masks of tokens turned into index tensors, of few different shapes.
+"""From masks of tokens to a Selection: index tensors of few different shapes.
 
-This module knows tensors of tokens. Which tokens those are is spec.py's and prompts.py's to say. Nothing here waits for the device,
-but the count of tokens where no bound for it is known.
+This module knows masks and indices. spec.py and prompts.py find the tokens that the masks mark. A GPU is waited for
+only to count the tokens of a mask where no upper bound on them is known.
 
-Dimensions: B rows of the batch, S tokens of a row, T slots for tokens to edit, G groups of weights, N slots of one group, R rank.
+Index tensors have slots: one for each token that may have to be edited. An empty slot has none.
+
+Dimensions: B rows of the batch, S tokens of a row, F = B · S tokens of the flattened batch, G groups of weights, N
+slots of one group, T = G · N slots for tokens to edit, R rank.
 """
 
 from __future__ import annotations
@@ -21,17 +24,18 @@ class Selection:
     """The tokens that an adapter edits in one forward.
 
     Args:
-        edited_BS (`torch.BoolTensor`): The tokens that are edited.
-        index_T (`torch.LongTensor`, *optional*): Indices of the tokens to edit into the flattened batch: the N slots of the first
-            group, then those of the second. An empty slot repeats a token. None: every token of the batch, in order.
-        row_T, column_T (`torch.LongTensor`, *optional*): The same as rows and columns of the batch.
-        unused_TGR (`torch.BoolTensor`, *optional*): The directions in which a token is not edited, as [T, G, 1], [T, 1, R] or [T, G, R]:
-            those of the group that the token does not belong to, those of the subspaces that its example does not use, and all of an
-            empty slot's. None: each token is edited in all.
-        empty_T1 (`torch.BoolTensor`, *optional*): [T, 1], the slots that hold no token to edit. None: no slot is empty.
+        edited_BS (`torch.BoolTensor`): [B, S], the tokens that are edited.
+        index_T (`torch.LongTensor`, *optional*): Indices of the tokens to edit into the flattened batch: the N slots
+            of the first group, then those of the second. An empty slot repeats a token. None: every token of the
+            batch, in order, so that T = F in the tensors below.
+        row_T, column_T (`torch.LongTensor`, *optional*): The same indices as rows and columns of the batch.
+        unused_TGR (`torch.BoolTensor`, *optional*): The directions in which a token is not edited, as [T, G, 1], [T,
+            1, R] or [T, G, R]: those of the group that the token does not belong to, those of the subspaces that its
+            example does not use, and all directions of an empty slot. None: each token is edited in all directions.
+        empty_T1 (`torch.BoolTensor`, *optional*): [T, 1], the empty slots. None: no slot is empty.
     """
 
-    edited_BS: Tensor  # for its shape: a tensor's may vary in a compiled model, where a number of Python's may not
+    edited_BS: Tensor  # read for its shape too: torch.compile lets a tensor's shape vary, and fixes Python's numbers
     index_T: Tensor | None = None
     row_T: Tensor | None = None
     column_T: Tensor | None = None
@@ -40,12 +44,12 @@ class Selection:
 
     @classmethod
     def of_slots(cls, edited_BS: Tensor, index_GN: Tensor, empty_GN: Tensor | None) -> Selection:
-        """A Selection of indexed tokens.
+        """A Selection from the slots of each group of weights.
 
         Args:
-            edited_BS (`torch.BoolTensor`): The tokens that are edited.
-            index_GN (`torch.LongTensor`): Indices into the flattened batch, for each group of weights.
-            empty_GN (`torch.BoolTensor`, *optional*): The slots that hold no token. None: none is empty.
+            edited_BS (`torch.BoolTensor`): [B, S], the tokens that are edited.
+            index_GN (`torch.LongTensor`): [G, N], indices into the flattened batch.
+            empty_GN (`torch.BoolTensor`, *optional*): [G, N], the empty slots. None: no slot is empty.
         """
         groups, slots = index_GN.shape
         index_T, width = index_GN.flatten(), edited_BS.shape[1]
@@ -57,21 +61,21 @@ class Selection:
             unused_TGR = other_TG1 if unused_TGR is None else unused_TGR | other_TG1
         return cls(edited_BS, index_T, index_T // width, index_T % width, unused_TGR, empty_T1)
 
-    def in_directions(self, kept_R_of_tokens: Tensor) -> Selection:
-        """The same edited in some directions only.
+    def in_directions(self, used_FR: Tensor) -> Selection:
+        """The same tokens, each edited only in the directions that its example uses.
 
         Args:
-            kept_R_of_tokens (`torch.BoolTensor`): [B · S, R], the directions that each token's example uses.
+            used_FR (`torch.BoolTensor`): [F, R], the directions that each token's example uses.
         """
-        kept_TR = kept_R_of_tokens if self.index_T is None else kept_R_of_tokens[self.index_T]
-        unused_T1R = ~kept_TR[:, None]
+        used_TR = used_FR if self.index_T is None else used_FR[self.index_T]
+        unused_T1R = ~used_TR[:, None]
         return replace(self, unused_TGR=unused_T1R if self.unused_TGR is None else self.unused_TGR | unused_T1R)
 
     def in_rows(self, rows: Tensor) -> Selection:
-        """The part of it in some rows of the batch: the slots of other rows become empty.
+        """The selected tokens in some rows of the batch: the slots of other rows become empty.
 
         Args:
-            rows (`torch.LongTensor`): Their indices.
+            rows (`torch.LongTensor`): The indices of the rows, of any number.
         """
         own_B = torch.zeros(self.edited_BS.shape[0], dtype=torch.bool, device=self.edited_BS.device)
         own_B[rows] = True
@@ -87,42 +91,43 @@ class Selection:
         )
 
     def to(self, device: torch.device) -> Selection:
-        """The same on another device, for a model that is spread over several."""
+        """The same Selection on another device, for a model whose layers lie on several."""
         if self.edited_BS.device == device:
             return self
-        return Selection(*(None if tensor is None else tensor.to(device) for tensor in vars(self).values()))  # type: ignore[arg-type]
+        moved = (None if tensor is None else tensor.to(device) for tensor in vars(self).values())
+        return Selection(*moved)  # type: ignore[arg-type]
 
 
-def select(first_BS: Tensor, last_BS: Tensor, groups: int, limit: int | None) -> Selection:
+def selection_from_masks(first_BS: Tensor, last_BS: Tensor, groups: int, limit: int | None) -> Selection:
     """Turn the masks of the first and the last tokens into a Selection.
 
     Args:
-        first_BS, last_BS (`torch.BoolTensor`): [B, S].
-        groups (`int`): G, 1 to edit both with the same weights, 2 to edit them with weights of their own.
-        limit (`int`, *optional*): N, an upper bound on the tokens of a group. None counts them, and waits for the
-            device to do so.
+        first_BS, last_BS (`torch.BoolTensor`): [B, S], the first and the last tokens to edit.
+        groups (`int`): G, 1 to edit both with the same weights, 2 to edit each with weights of its own.
+        limit (`int`, *optional*): N, an upper bound on the tokens of a group. None: they are counted, which waits for
+            a GPU.
     """
     edited_BS = first_BS | last_BS
-    mask_GT = torch.stack([first_BS.flatten(), last_BS.flatten()]) if groups == 2 else edited_BS.view(1, -1)
-    count_GT = mask_GT.cumsum(dim=1)
+    mask_GF = torch.stack([first_BS.flatten(), last_BS.flatten()]) if groups == 2 else edited_BS.view(1, -1)
+    count_GF = mask_GF.cumsum(dim=1)
     if limit is None:
-        limit = round_up(int(count_GT[:, -1].max()))
-    # The n-th selected token is where the running count first reaches n.
-    wanted_N = torch.arange(1, limit + 1, device=mask_GT.device)
-    index_GN = torch.searchsorted(count_GT, wanted_N.expand(groups, limit).contiguous())
-    empty_GN = index_GN == mask_GT.shape[1]
-    # An empty slot repeats a token that is edited anyway rather than, say, padding, whose state may not be finite.
-    index_GN = torch.where(empty_GN, index_GN[:, :1], index_GN).clamp(max=mask_GT.shape[1] - 1)
-    # With two groups there is a mask in any case. To ask a GPU would be to wait for it.
+        limit = round_up(int(count_GF[:, -1].max()))
+    # The n-th token of a mask is the one at which the cumulative count first reaches n.
+    wanted_N = torch.arange(1, limit + 1, device=mask_GF.device)
+    index_GN = torch.searchsorted(count_GF, wanted_N.expand(groups, limit).contiguous())
+    empty_GN = index_GN == mask_GF.shape[1]
+    # An empty slot repeats a token of its group, which is edited anyway: the state of padding, say, may not be finite.
+    index_GN = torch.where(empty_GN, index_GN[:, :1], index_GN).clamp(max=mask_GF.shape[1] - 1)
+    # Two groups need the mask `unused_TGR` in any case. On a GPU, to find out whether a slot is empty is to wait.
     none_empty = groups == 1 and empty_GN.is_cpu and not bool(empty_GN.any())
     return Selection.of_slots(edited_BS, index_GN, None if none_empty else empty_GN)
 
 
-def slots(spec: PositionSpec, groups: int, runs: int) -> int:
-    """N: at most this many tokens of a group are selected in so many runs of prompt tokens."""
+def max_slots(spec: PositionSpec, groups: int, runs: int) -> int:
+    """N: an upper bound on the tokens of a group that a spec selects in some number of runs of prompt tokens."""
     return runs * (max(spec.first, spec.last) if groups == 2 else spec.first + spec.last)
 
 
 def round_up(count: int) -> int:
-    """The next power of two: few different sizes, for a compiled model not to be compiled again for each."""
+    """The next power of two: a compiled model is compiled again for each size, so there are to be few."""
     return 1 << (count - 1).bit_length() if count > 0 else 0

@@ -1,6 +1,6 @@
 """The position language, and the rules by which one adapter finds its tokens.
 
-This module knows which tokens of a prompt a spec names. Where the prompts are is prompts.py's.
+This module knows which tokens of a prompt a spec names. prompts.py finds the prompts.
 
 Dimensions: B rows of the batch, S tokens of a row, G groups of weights.
 """
@@ -25,9 +25,9 @@ class PositionSpec:
     """A parsed `positions` string.
 
     Args:
-        first (`int`): How many tokens from the start of the prompt.
-        last (`int`): How many tokens back from the end of the prompt.
-        all_tokens (`bool`): `"all"`: every token, of the prompt or not.
+        first (`int`): The number of tokens from the start of the prompt.
+        last (`int`): The number of tokens back from the end of the prompt.
+        all_tokens (`bool`): `"all"`: every token, whether it belongs to the prompt or not.
     """
 
     first: int = 0
@@ -36,7 +36,10 @@ class PositionSpec:
 
     @classmethod
     def parse(cls, text: str) -> PositionSpec:
-        """Read `"f7+l7"`, `"f3"`, `"l1"` or `"all"`.
+        """Read a `positions` string.
+
+        Args:
+            text (`str`): `"f7+l7"`, `"f3"`, `"l1"` or `"all"`, with any counts from 1 and either order.
 
         Raises:
             ValueError: for any other text, naming the field, the text and what is allowed.
@@ -57,11 +60,11 @@ class PositionSpec:
 
     @property
     def two_sided(self) -> bool:
-        """Whether both first and last tokens are named."""
+        """Whether the spec names both first and last tokens."""
         return self.first > 0 and self.last > 0
 
     def groups(self, share_weights: bool) -> int:
-        """G: 2 when the first and the last tokens have weights of their own, else 1."""
+        """G: 2 where the first and the last tokens have weights of their own, else 1."""
         return 2 if self.two_sided and not share_weights else 1
 
 
@@ -70,13 +73,15 @@ class Rules:
     """How one adapter finds its tokens. Adapters with equal rules share a Selection.
 
     Args:
-        spec (`PositionSpec`): Which tokens of a prompt.
-        groups (`int`): G, 2 when first and last tokens have weights of their own.
-        every (`bool`): Whether each turn has a prompt, else the first only.
-        template (`IdTemplate` or `TextTemplate`, *optional*): What an answer begins after.
-        end_ids (`tuple[int, ...]`): The tokens that end an answer.
-        reads_labels (`bool`): Whether labels mark answers, and not classes.
-        subspaces (`tuple[tuple[str, int], ...]`): The adapter's groups of directions, with their numbers of directions.
+        spec (`PositionSpec`): The tokens of a prompt to edit.
+        groups (`int`): G, 2 where first and last tokens have weights of their own.
+        every (`bool`): Whether each turn has a prompt, else only the first.
+        template (`IdTemplate` or `TextTemplate`, *optional*): The response template, after which an answer begins.
+        end_ids (`tuple[int, ...]`): The ids of the tokens that end an answer.
+        reads_labels (`bool`): Whether labels mark answers. Where they are classes, they are not read, and neither is
+            the template.
+        subspaces (`tuple[tuple[str, int], ...]`): The names of the adapter's subspaces, each with its number of
+            directions.
     """
 
     spec: PositionSpec
@@ -89,7 +94,7 @@ class Rules:
 
     @property
     def depend_on_batch(self) -> bool:
-        """Whether which rows are edited, or in which directions, depends on the batch."""
+        """Whether the batch decides which tokens are edited, or in which directions."""
         return not self.spec.all_tokens or bool(self.subspaces)
 
     def __str__(self) -> str:
@@ -97,12 +102,21 @@ class Rules:
 
 
 def first_and_last(prompts: Prompts, spec: PositionSpec) -> tuple[Tensor, Tensor]:
-    """The tokens that `spec` names, as two bool masks [B, S]: the first tokens of each sequence, the last of each run.
+    """Find the tokens that a spec names.
 
-    A prompt of n < first + last tokens gives its first min(first, n // 2) and its last min(last, n // 2); a one-sided
-    spec takes min(count, n), and so does a run after a sequence's first.
+    Of a prompt of n < first + last tokens, the first min(first, n // 2) and the last min(last, n // 2) are taken, so
+    that they never overlap. A one-sided spec takes min(count, n) tokens, and so do the last tokens of a sequence's
+    later runs.
+
+    Args:
+        prompts (`Prompts`): The prompts of the batch.
+        spec (`PositionSpec`): The tokens of each prompt to find.
+
+    Returns:
+        `tuple[torch.BoolTensor, torch.BoolTensor]`: [B, S] each, the first tokens of each sequence's first run, and
+            the last tokens of every run.
     """
-    # The rank is 1 for the first token of a run.
+    # The rank of a token within its run, 1 for the first.
     rank_BS, length_BS = count_and_total_within(prompts.prompt_BS, prompts.start_BS)
     if spec.two_sided:
         crowded_BS = length_BS < spec.first + spec.last
@@ -111,7 +125,7 @@ def first_and_last(prompts: Prompts, spec: PositionSpec) -> tuple[Tensor, Tensor
         last_BS = torch.where(crowded_BS, half_BS.clamp(max=spec.last), spec.last)
     else:
         first_BS, last_BS = length_BS.clamp(max=spec.first), length_BS.clamp(max=spec.last)
-    if prompts.later_BS is not None:  # a later run has last tokens only
+    if prompts.later_BS is not None:  # a sequence's later runs have last tokens only
         first_BS = first_BS.masked_fill(prompts.later_BS, 0)
         last_BS = torch.where(prompts.later_BS, length_BS.clamp(max=spec.last), last_BS)
     return (
@@ -123,7 +137,17 @@ def first_and_last(prompts: Prompts, spec: PositionSpec) -> tuple[Tensor, Tensor
 def masks_from_intervention_mask(
     intervention_mask: Tensor, shape: tuple[int, int], groups: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Split an `intervention_mask` [B, S] into the tokens of the first and of the second group of weights.
+    """Split an `intervention_mask` into the first and the last tokens, by the group of weights that edits them.
+
+    Args:
+        intervention_mask (`torch.Tensor`): [B, S]. bool: the tokens to edit. Integers: 0 for no edit, 1 for the first
+            tokens' weights, 2 for the last tokens'.
+        shape (`tuple[int, int]`): (B, S).
+        groups (`int`): G.
+        device (`torch.device`): The device of the batch.
+
+    Returns:
+        `tuple[torch.BoolTensor, torch.BoolTensor]`: [B, S] each.
 
     Raises:
         ValueError: when its shape is not the batch's, or when it is bool and the adapter has two groups of weights.

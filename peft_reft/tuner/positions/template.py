@@ -1,13 +1,15 @@
 """Finding the response template in tokens: where an answer begins, without labels.
 
-A template of token ids is found as it stands. A template of text is found however the tokenizer cut it: what comes
-before and after a text changes the tokens at its edges, so the search goes through the bytes that the tokens stand for.
-A table made once says what each token does to a search in progress (Knuth, Morris and Pratt's automaton, which reads a
-byte at a time, taken over the bytes of the token); the searches of a batch are then compositions of table rows, on the
-batch's own device and without a loop over tokens.
+A template of token ids is found as it stands. A template of text is found however the tokenizer cut it: the text
+before and after it changes the tokens at its edges, so the search reads the bytes that the tokens stand for.
 
-Dimensions: B rows of the batch, S tokens, V tokens of the vocabulary, L bytes of the template, M = L + 1 states of a
-search (how many bytes of the template the text read so far ends with).
+The search is the automaton of Knuth, Morris and Pratt (1977), which reads a byte at a time; its state is the number of
+bytes of the template with which the bytes read so far end. A table, made once, has the state after each token of the
+vocabulary for each state before it. The states in a batch are then compositions of rows of that table, computed on the
+batch's own device without a loop over tokens.
+
+Dimensions: B rows of the batch, S tokens of a row, V tokens of the vocabulary, M = L + 1 states of a search for a
+template of L bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +30,15 @@ class IdTemplate:
         self.ids = ids
 
     def matches(self, ids_BS: Tensor, start_BS: Tensor) -> Tensor:
-        """The last token of each match, as a bool mask [B, S]. No match crosses a token of `start_BS`."""
+        """Find the template. No match crosses a start.
+
+        Args:
+            ids_BS (`torch.LongTensor`): [B, S], token ids.
+            start_BS (`torch.BoolTensor`): [B, S], the first token of each sequence.
+
+        Returns:
+            `torch.BoolTensor`: [B, S], the last token of each match.
+        """
         found_BS = torch.ones_like(start_BS)
         for back, wanted in enumerate(reversed(self.ids)):
             found_BS &= _earlier(ids_BS == wanted, back)
@@ -52,21 +62,29 @@ class TextTemplate:
         self.hit_VM = torch.from_numpy(hit_VM)
 
     def occurs_in(self, ids: list[int]) -> bool:
-        """Whether the text is found in the tokens of one sequence."""
+        """Whether the template is found in the token ids of one sequence."""
         ids_1S = torch.tensor([ids], dtype=torch.long)
         return bool(ids) and bool(self.matches(ids_1S, torch.zeros_like(ids_1S, dtype=torch.bool)).any())
 
     def matches(self, ids_BS: Tensor, start_BS: Tensor) -> Tensor:
-        """The tokens in which a match ends, as a bool mask [B, S]. No match crosses a token of `start_BS`."""
+        """Find the template. No match crosses a start.
+
+        Args:
+            ids_BS (`torch.LongTensor`): [B, S], token ids. Ids outside the vocabulary, as of images, match nothing.
+            start_BS (`torch.BoolTensor`): [B, S], the first token of each sequence.
+
+        Returns:
+            `torch.BoolTensor`: [B, S], the tokens in which a match ends.
+        """
         if self.state_VM.device != ids_BS.device:
             self.state_VM, self.hit_VM = self.state_VM.to(ids_BS.device), self.hit_VM.to(ids_BS.device)
         known_BS = (ids_BS >= 0) & (ids_BS < self.state_VM.shape[0])
         row_BS = ids_BS.where(known_BS, 0)
         state_BSM = self.state_VM[row_BS].long()
-        # What is no token of the vocabulary ends every search; the first token of a sequence begins one.
+        # After an id outside the vocabulary the state is 0; the first token of a sequence is read in state 0.
         state_BSM = state_BSM.where(known_BS[..., None], 0)
         state_BSM = state_BSM.where(~start_BS[..., None], state_BSM[..., :1])
-        # After k rounds, what the 2^k tokens up to each do to a search.
+        # After k rounds: the state after each token for each state before the 2^k tokens that end with it.
         span = 1
         while span < ids_BS.shape[1]:
             composed_BSM = state_BSM[:, span:].gather(2, state_BSM[:, :-span])
@@ -79,7 +97,7 @@ class TextTemplate:
 
 
 def _earlier(mask_BS: Tensor, back: int) -> Tensor:
-    """For each token, the value of the token so many places before it: False at a row's start."""
+    """For each token, the value of the token that is `back` columns before it. False where the row begins later."""
     if back == 0:
         return mask_BS
     earlier_BS = mask_BS.roll(back, dims=1)
@@ -88,7 +106,9 @@ def _earlier(mask_BS: Tensor, back: int) -> Tensor:
 
 
 def _search_table(template: bytes, tokens: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """For each token and each state of a search: the state after it [V, M], and whether a match ends in it [V, M]."""
+    """For each token and each state before it: the state after it, int16 [V, M], and whether a match ends in it, bool
+    [V, M].
+    """
     step = _automaton(template)
     state_VM = np.tile(np.arange(len(template) + 1, dtype=np.int16), (len(tokens), 1))
     hit_VM = np.zeros(state_VM.shape, dtype=bool)
@@ -103,7 +123,7 @@ def _search_table(template: bytes, tokens: list[bytes]) -> tuple[np.ndarray, np.
 
 
 def _automaton(template: bytes) -> np.ndarray:
-    """The next state for each state and byte, [M, 256]."""
+    """The next state for each state and byte, int16 [M, 256]."""
     step = np.zeros((len(template) + 1, 256), dtype=np.int16)
     step[0, template[0]] = 1
     fallback = 0  # the state of a search that began one byte later
