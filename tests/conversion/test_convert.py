@@ -39,7 +39,7 @@ CONVERTIBLE = [name for name in ADAPTERS if name != "head.flex"]
 BASE = str(BASES["llama"])
 
 
-# -- into PEFT ---------------------------------------------------------------------------------------------------------------
+# -- into PEFT --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PYREFT)
@@ -167,7 +167,7 @@ def test_weights_of_16_bits_become_float32(tmp_path):
     assert torch.equal(tensors["base_model.model.model.layers.1.reft_W"][0], state["weight"].float())
 
 
-# -- out to pyreft --------------------------------------------------------------------------------------------------------------
+# -- out to pyreft ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PYREFT)

@@ -171,7 +171,7 @@ def test_heads_are_single_units_of_no_module(tmp_path):
 
 
 def test_interventions_in_another_order_are_refused(tmp_path):
-    """pyreft gives the first half of its interventions the first tokens: both of one layer must not be in that half."""
+    """pyreft gives the first half of its interventions the first tokens: a layer must not have both in that half."""
     folder = copy_of("loreft.untied", tmp_path)
     config = json.loads((folder / "config.json").read_text())
     edit_config(folder, sorted_keys=sorted(config["sorted_keys"]))

@@ -165,7 +165,7 @@ def test_two_processes_end_where_one_does(config, base, alone, tmp_path):
         assert (notes["engine"], notes["processes"]) == (f"DistributedType.{engine}", 2)
         assert (notes["parameters"].get("DTensor", 0) > 0) == (config == "fsdp2")
         assert ("CheckpointWrapper" in str(notes["modules"])) == ("checkpointed" in name)
-        assert notes["modules"].get("FSDPReftLayer") is None  # the adapter's few weights are gathered once, with the root's
+        assert notes["modules"].get("FSDPReftLayer") is None  # the few weights are gathered once, with the root's
         assert len(notes["losses"]) == ARGUMENTS["max_steps"]
         saved = check_saved(tmp_path / name)
         assert saved.keys() == alone[equal_to].keys()

@@ -121,9 +121,7 @@ def test_answers_are_those_of_the_model_by_itself(folder, name):
     model = PeftModel.from_pretrained(chat_model(), str(folder / name)).eval()
     for line in lines(folder / "o" / f"mawps.{ {'reft': 'mine'}.get(name, name) }.jsonl"):
         ids = tokens(line["prompt"], return_tensors="pt")["input_ids"]
-        for _ in range(
-            8
-        ):  # greedy, by a whole forward for each token, with prompt_lengths for the ReFT adapter
+        for _ in range(8):  # greedy, by a whole forward for each token, with prompt_lengths for the ReFT adapter
             told = (
                 {"prompt_lengths": torch.tensor([len(tokens(line["prompt"])["input_ids"])])} if name == "reft" else {}
             )

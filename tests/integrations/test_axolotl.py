@@ -1,7 +1,7 @@
 """The plugin through axolotl's own command line, on a CPU.
 
-The model is SmolLM2 cut down to its first 4 layers, which is quick and still learns; `make quickstart` runs the same way on
-the whole of it.
+The model is SmolLM2 cut down to its first 4 layers, which is quick and still learns; `make quickstart` runs the same
+way on the whole of it.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def test_edits_of_every_token_are_merged(folder):
     "key, quantized, steps",
     [
         ("load_in_4bit", "Linear4bit", {"max_steps": 8}),
-        # On a CPU, a step with bitsandbytes' 8-bit layers takes a minute. tests/quantized/test_quantized.py trains with them.
+        # A step with 8-bit layers takes a minute on a CPU. tests/quantized/test_quantized.py trains with them.
         ("load_in_8bit", "Linear8bitLt", {"max_steps": 1, "micro_batch_size": 1}),
     ],
 )
@@ -193,7 +193,7 @@ def test_every_turn_of_a_conversation(folder):
 def test_dpo(folder):
     data = [{"path": str(folder / "pairs.jsonl"), "split": "train"}]
     config = LORA | TO_REFT | SHORT | {"rl": "dpo", "datasets": data, "learning_rate": 0.002}
-    run = axolotl(folder, "train", config, "--debug", name="dpo", probe=False)  # the probe runs before there is a PeftModel
+    run = axolotl(folder, "train", config, "--debug", name="dpo", probe=False)  # the probe needs a PeftModel
     texts = shown(run)
     assert len(texts) == 8  # four pairs
     for *_, source, text in texts:

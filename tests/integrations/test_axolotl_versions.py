@@ -1,4 +1,4 @@
-"""The plugin with each version of axolotl: how it is found, the pieces it relies on, `adapter:` by name, and the seed."""
+"""The plugin with each version of axolotl: how it is found, what it relies on, `adapter:` by name, and the seed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def validated(**config):
     return validate_config(cfg, capabilities=A100S, env_capabilities={"torch_version": "2.13.0"})
 
 
-# -- how the plugin is found -------------------------------------------------------------------------------------------
+# -- how the plugin is found ------------------------------------------------------------------------------------------
 
 
 @needs_entry_points
@@ -110,7 +110,7 @@ def test_other_adapters_are_left_alone(monkeypatch, adapter):
     assert ModelLoader.load is load and cfg == LORA | {"adapter": adapter}
 
 
-# -- what is relied on -------------------------------------------------------------------------------------------------
+# -- what is relied on ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def test_the_plugin_alone_imports_no_loader():
     assert run.stdout.split()[-1] == "False", run.stdout + run.stderr
 
 
-# -- the seed ----------------------------------------------------------------------------------------------------------
+# -- the seed ---------------------------------------------------------------------------------------------------------
 
 
 def fresh_adapter(drawn_before: int, **config) -> dict[str, torch.Tensor]:
@@ -215,7 +215,7 @@ def test_without_a_seed_nothing_is_seeded():
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
-# -- what goes by the name qlora ---------------------------------------------------------------------------------------
+# -- what goes by the name qlora --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefix", ["", "fsdp_"])

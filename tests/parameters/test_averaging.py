@@ -1,4 +1,5 @@
-"""Weights that others than an optimizer write: averages, EMA callbacks, casts. What is saved loads, and edits as the live model does."""
+"""Weights that others than an optimizer write: averages, EMA callbacks, casts. What is saved loads, and edits as the
+live model does."""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ def polar(A: torch.Tensor) -> torch.Tensor:
     return (vectors * values.rsqrt()[..., None, :] @ vectors.mT @ A.double()).to(A.dtype)
 
 
-# -- what is saved -------------------------------------------------------------------------------------------------------
+# -- what is saved ----------------------------------------------------------------------------------------------------
 
 
 STATES = {
@@ -208,7 +209,7 @@ def test_an_unloaded_model_has_no_hooks():
     assert not base._state_dict_pre_hooks and not base._state_dict_hooks
 
 
-# -- what is loaded ------------------------------------------------------------------------------------------------------
+# -- what is loaded ---------------------------------------------------------------------------------------------------
 
 
 def spread(R: torch.Tensor) -> torch.Tensor:
@@ -333,7 +334,7 @@ def test_an_EMA_goes_in_and_out_by_state_dict(rate):
     assert worst > 2**-6  # else nothing was off
 
 
-# -- tools that average ----------------------------------------------------------------------------------------------------
+# -- tools that average -----------------------------------------------------------------------------------------------
 
 
 def test_torch_s_averaged_model(tmp_path):

@@ -157,8 +157,8 @@ def test_from_adapters():
 
 @pytest.mark.parametrize("peer", PEERS)
 def test_the_peers_side(peer, tmp_path):
-    """The other library's blocks run, train as many parameters as ours, behave as the page says, and the page lists all
-    its names."""
+    """The other library's blocks run, train as many parameters as ours and behave as the page says, and the page lists
+    all its names."""
     title, expected = {
         "pyreft": ("From pyreft", FROM_PYREFT),
         "adapters": ("From the adapters library", FROM_ADAPTERS),
@@ -248,7 +248,7 @@ def test_from_lora_in_trl(trainer, sign):
 
 
 def test_from_lora_in_axolotl():
-    """Both sides are valid YAML and differ only in the lines of the diff. The plugin makes of ours what the page says."""
+    """Both sides are YAML and differ only in what the diff is about. The plugin makes of ours what the page says."""
     (diff,) = blocks("From LoRA in axolotl", "diff yaml")
     lora, reft = (yaml.safe_load(side(diff, sign)) for sign in "-+")
     changed = {key for key in lora | reft if lora.get(key) != reft.get(key)}
