@@ -86,7 +86,7 @@ def test_edits_inside_the_recomputed_parts_of_an_encoder_decoder(target_modules,
 @pytest.mark.parametrize("target_modules", [None, ["mlp"]])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_torchs_checkpoint_wrapper(around, target_modules, reentrant):
-    """Checkpointing as accelerate's FSDP option puts it around blocks: inside the edit or, by another policy, outside."""
+    """As accelerate's FSDP option checkpoints blocks: inside the edit or, with another policy, outside."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
         CheckpointImpl,
         apply_activation_checkpointing,
