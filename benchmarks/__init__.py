@@ -1,1 +1,1 @@
-"""Measures the cost of ReFT beside that of the frozen base, LoRA and other libraries: `python -m benchmarks --help`."""
+"""Measures the cost of ReFT against the frozen base, LoRA and other libraries: `python -m benchmarks --help`."""

@@ -82,7 +82,9 @@ def measure_steps(session: Session, setting: Setting, pairs: int, methods: list[
         described = asdict(setting)
         trainable = {}
         runs = {}
-        bases = {name: f"frozen for {name}" if name in peers else "frozen" for name in methods}  # each in the process of its method
+        bases = {
+            name: f"frozen for {name}" if name in peers else "frozen" for name in methods
+        }  # each in the process of its method
         for name, base in bases.items():
             if base not in runs:
                 workers[name].ask("build", name=base, method="frozen", setting=described)

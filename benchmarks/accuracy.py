@@ -3,7 +3,7 @@ recipes of examples/, by their own commands.
 
 Each run is a sequence of commands that a user would type: `peft-reft prepare`, `axolotl train` or
 `examples/glue/train.py`, `peft-reft evaluate`, each in a process of its own. Results are kept in the run's folder, so
-an interrupted benchmark continues where it stopped, and several machines may share the tasks.
+an interrupted benchmark continues where it stopped, and several processes may share the tasks.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ class Runs:
         self._command(command if base else [*command, "--no-base"], folder / "evaluate.log")
 
     def _command(self, command: list[str], log: Path) -> dict[str, Any]:
-        """Run a command. Returns its time in seconds, by the clock and of the processors, and its peak memory in bytes,
-        both with the loading of libraries and model.
+        """Run a command. Returns its time in seconds, by the clock and of the processors, and its peak memory in
+        bytes, both with the loading of libraries and model.
 
         Raises:
             RuntimeError: when it fails, naming its log.

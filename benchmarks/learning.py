@@ -1,8 +1,8 @@
 """Compares learning with R kept orthonormal in two ways, on the same data, in the same order, from the same start.
 
 Ours: R itself is the parameter, and a retraction makes its rows orthonormal again after each step. The other is
-pyreft's: torch's Householder parametrization (`torch.nn.utils.parametrizations.orthogonal`), where the optimizer steps a
-free parameter. Both start at the base model, from the same R and W.
+pyreft's: torch's Householder parametrization (`torch.nn.utils.parametrizations.orthogonal`), where the optimizer steps
+a free parameter. Both start at the base model, from the same R and W.
 
 Dimensions: G sets of weights (first and last tokens), R rank, D width.
 """
@@ -120,7 +120,7 @@ def train(
         way (`str`): `"ours"` or `"householder"`.
         base (`str`): A folder or hub name of a causal language model.
         files (`list[Path]`): Examples, as LLM-Adapters has them.
-        seed (`int`): Seed of data order, weights and dropout.
+        seed (`int`): Seed of the start and of the data's order.
         examples (`int`): How many examples.
         rank (`int`): r.
         rate (`float`): The learning rate.

@@ -1,7 +1,7 @@
 """The models to measure, and the methods that are put on them.
 
-This file also runs in the environments of pyreft and adapters. So only torch and transformers are imported at its head,
-and only what their versions in these environments have in common is used.
+This file also runs in the environments of pyreft and adapters. So only torch and transformers are imported at its
+head, and only what their versions in these environments have in common is used.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def frozen(setting: Setting) -> Subject:
 
 
 class _Sketch(torch.nn.Module):
-    """Only the arithmetic of LoReFT around a block: the tokens are known, R is not kept orthonormal, nothing is checked."""
+    """Only LoReFT's arithmetic around a block: the tokens are known, R is not kept orthonormal, nothing is checked."""
 
     def __init__(self, block: torch.nn.Module, setting: Setting, width: int) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class _Sketch(torch.nn.Module):
 
 
 def sketch(setting: Setting) -> Subject:
-    """The edit alone, as plain torch operations: the lower bound for anything that runs layer by layer in eager mode."""
+    """The edit alone, in plain torch operations: no method that runs layer by layer in eager mode can be faster."""
     model = base_model(setting).requires_grad_(False)
     model.enable_input_require_grads()
     for index in range(len(model.model.layers)):

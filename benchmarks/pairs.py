@@ -1,8 +1,8 @@
 """Worker processes, and measurements in pairs.
 
-A machine's speed drifts by more than the differences to be measured. So the runs of all models are interleaved, and each
-run is divided by one of the base that ran just before or after it. The median and the quartiles of these ratios are
-reported.
+A machine's speed drifts by more than the differences to be measured. So the runs of all models are interleaved, and
+each time is divided by the base's of the same turn, in the same process. The median and the quartiles of these ratios
+are reported.
 """
 
 from __future__ import annotations

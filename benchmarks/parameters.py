@@ -3,8 +3,8 @@
 This module knows the public sizes of the base models, the settings and the paper's numbers. `get_peft_model` makes the
 adapters on the meta device, where models take no memory.
 
-There are two kinds of percentages. For ReFT, the paper divides the adapter's parameters by those of the base model. Its
-numbers for LoRA come from LLM-Adapters and DoRA, which divide by base model and adapter together, as PEFT does.
+There are two kinds of percentages. For ReFT, the paper divides the adapter's parameters by those of the base model.
+Its numbers for LoRA come from LLM-Adapters and DoRA, which divide by base model and adapter together, as PEFT does.
 """
 
 from __future__ import annotations

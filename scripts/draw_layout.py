@@ -150,7 +150,7 @@ def folders() -> list[str]:
         x = 20 + 310 * index
         drawn += folder(name, x, 112, 300, 112, COLOURS["above"])
         drawn += [arrow((x + 150, 86), (x + 150, 110)), arrow((x + 150, 224), (x + 150, 248))]
-    # the tuner
+    # the tuner and the folders in it
     drawn += [box(20, 250, 920, 404, COLOURS["tuner"]), text(32, 273, "tuner/", 15, 700)]
     closed = "could be src/peft/tuners/reft as it stands: imports nothing of peft_reft outside itself"
     drawn += [text(90, 273, closed, 12, 400, QUIET)]

@@ -1,9 +1,9 @@
-# Which build of torch a machine gets, for scripts/make_env and scripts/canary to share. Sourced, not run.
-# Setting: TORCH_CPU_INDEX, where a CPU build is looked for when pip's own sources have none.
+# Installs the build of torch that fits the machine. Sourced by scripts/make_env and scripts/canary.py, not run.
+# Setting: TORCH_CPU_INDEX, the index where a CPU build is looked for when pip's own sources have none.
 
 TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
 
-# PyPI's torch for Linux brings several GB of CUDA: right with a GPU, wasted without one. On macOS there is only one build.
+# PyPI's torch for Linux brings several GB of CUDA, which are wasted without a GPU. On macOS there is only one build.
 wanted_torch_build() {
     if [ "$(uname)" = Darwin ] || { command -v nvidia-smi && nvidia-smi -L; } >/dev/null 2>&1; then
         echo default
@@ -12,8 +12,8 @@ wanted_torch_build() {
     fi
 }
 
-# install_torch VENV BUILD REQUIREMENTS: installs the torch that a requirements file pins, and sets torch_build to the build that it is.
-# Messages for the user go to file descriptor 3. The environment has uv.
+# install_torch VENV BUILD REQUIREMENTS: installs the torch that a requirements file pins, and sets torch_build to the
+# build that was installed. Messages for the user go to file descriptor 3. The environment must have uv.
 install_torch() {
     local venv=$1 pip=("$1/bin/python" -m pip install --disable-pip-version-check --progress-bar off) torch
     torch=$(grep '^torch==' "$3")
@@ -29,8 +29,8 @@ install_torch() {
     "$venv/bin/uv" pip install --python "$venv/bin/python" "$torch"
 }
 
-# install_newest_torch VENV REQUIREMENTS [PIP OPTIONS]: the newest CPU build that $TORCH_CPU_INDEX has; where it can't be reached, or there is
-# a GPU, the choice that install_torch makes of the pinned version.
+# install_newest_torch VENV REQUIREMENTS [PIP OPTIONS]: installs the newest CPU build at $TORCH_CPU_INDEX. With a GPU, or
+# where that index can't be reached, installs the pinned version as install_torch does.
 install_newest_torch() {
     local venv=$1 requirements=$2
     shift 2

@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
-"""How often a forward, a `generate`, an optimizer step and a state_dict go from one file of peft_reft to another.
+"""Counts the calls between files of peft_reft in a forward, a `generate`, an optimizer step and a state_dict.
 
     python scripts/trace_calls.py
     python scripts/trace_calls.py --layers 4 --pairs 5
     python scripts/trace_calls.py --json outputs/calls.json
 
 A small Llama with random weights has one LoReFT adapter (f7+l7, rank 4) on every layer. Each operation runs once to
-warm up, and once while Python reports every call of a Python function. A call counts when a function of one file under
-peft_reft/ calls a function of another: the calling frame itself stands in peft_reft. Calls that come by way of torch,
-PEFT or transformers (a module's `forward`, a hook) start a road anew, and are in the column "entered". A generator
-counts once, where it is first asked for an item.
+warm up, and once while Python reports every call of a Python function. A call is "crossing" when a function of one
+file under peft_reft/ calls a function of another directly. Calls that come by way of torch, PEFT or transformers (a
+module's `forward`, a hook) are "entered". Calls within a file are "within". A generator counts once, at its first
+item.
 
-A "training forward" follows an optimizer step, as in training, so it also makes the stepped bases orthonormal again;
-"forward again" follows another forward.
+A "training forward" follows an optimizer step, as in training, so it also makes every R orthonormal again; "forward
+again" follows another forward.
 
-Files are told by their paths, so the script counts any layout of the package.
+Files are identified by their paths, so the script works with any layout of the package.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ PACKAGE = Path(peft_reft.__file__).parent
 
 @dataclass
 class Calls:
-    """What was seen of one operation.
+    """The calls of one operation.
 
     Args:
-        pairs: (file of the caller, file of the called function) to how often.
-        entered: File to how often something outside peft_reft called a function of it.
-        within: Calls that stayed in their file.
+        pairs: (file of the caller, file of the called function) to the number of calls.
+        entered: File to the number of calls of its functions from outside peft_reft.
+        within: Number of calls between functions of the same file.
     """
 
     pairs: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -60,7 +60,7 @@ class Calls:
 
     @property
     def crossing(self) -> int:
-        """Calls from one file into another."""
+        """Number of calls from one file into another."""
         return sum(self.pairs.values())
 
 
@@ -69,11 +69,11 @@ def watched() -> Iterator[Calls]:
     """Count the calls of Python functions within, in this thread."""
     calls = Calls()
     names: dict[str, str | None] = {}
-    generators: set[FrameType] = set()  # those seen: Python reports each item of a generator as a call
+    generators: set[FrameType] = set()  # those counted already: Python reports each item of a generator as a call
     inside = str(PACKAGE) + os.sep
 
     def file_of(frame: FrameType | None) -> str | None:
-        """Its path under the package, None for what stands elsewhere."""
+        """The path, under the package, of a frame's code. None for code elsewhere."""
         path = frame.f_code.co_filename if frame is not None else ""
         if path not in names:
             names[path] = path.removeprefix(inside) if path.startswith(inside) else None
@@ -135,7 +135,7 @@ def count(layers: int) -> dict[str, Calls]:
         backward()
         optimizer.step()
 
-    # What is counted, and what comes right before.
+    # Operation -> (the operation that is counted, the one that runs right before it).
     todo: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         "training forward": (forward, stepped),
         "forward again": (forward, forward),

@@ -29,7 +29,7 @@ def cases(request: pytest.FixtureRequest) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow tests first, for the last minutes of a parallel run not to wait for one of them."""
+    """Run the slow tests first: a parallel run then does not wait for one of them at its end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

@@ -1,9 +1,9 @@
 """Trains a classifier on a task of GLUE with transformers' Trainer, by LoReFT, by LoRA, in full, or its head alone.
 
-Settings come from a YAML file, roberta-base.yaml (the paper's) unless another is given, and any of them from the
-command line. As in the paper, the validation set is split: one part (half of it, or 1,000 examples where it has more
-than 5,000) chooses the best epoch, and the metric of the other part is the result. It goes to OUTPUT_DIR/results.json;
-`peft-reft evaluate TASK --adapter OUTPUT_DIR` scores the adapter on the whole of the set.
+Settings come from a YAML file, roberta-base.yaml (the paper's) unless another is given. Options of the command line
+override them. As in the paper, the validation set is split: one part (half of it, or 1,000 examples where it has more
+than 5,000) chooses the best epoch, and the metric on the other part is the result, in OUTPUT_DIR/results.json.
+`peft-reft evaluate TASK --adapter OUTPUT_DIR` scores the adapter on the whole validation set.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
     def metrics(predictions: Any) -> dict[str, float]:
         logits = predictions.predictions
         given = logits[:, 0] if task.labels == 1 else np.argmax(logits, axis=1)
-        # Undefined, for example where all examples are given one class, counts as the 0 of chance.
+        # An undefined metric (all examples got the same class, for example) counts as 0, that of chance.
         return {name: score(name, given, predictions.label_ids).value or 0.0 for name in task.metrics}
 
     trainer = Trainer(
@@ -135,7 +135,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def read_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the command line says, else the file for this task, else the file for all tasks."""
+    """Each setting from the command line, else from the file's entry for this task, else from that for all tasks."""
     of_method = yaml.safe_load(args.settings.read_text(encoding="utf-8")).get(args.method, {})
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     settings = {**of_method.get("all", {}), **of_method.get(args.task, {}), **given}
@@ -152,7 +152,7 @@ def read_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def prepare_model(model: Any, method: str, settings: dict[str, Any]) -> Any:
-    """The model with what is trained. PEFT trains the classifier along with an adapter for SEQ_CLS, and saves it."""
+    """The model, prepared for a method. For SEQ_CLS, PEFT trains and saves the classifier along with an adapter."""
     if method == "head":
         model.base_model.requires_grad_(False)
     if method == "loreft":
@@ -173,15 +173,14 @@ def prepare_model(model: Any, method: str, settings: dict[str, Any]) -> Any:
 
 
 def split_in_two(examples: list[Any], seed: int) -> tuple[list[Any], list[Any]]:
-    """A part to choose the best epoch by, and a part to test it on, which no choice has seen."""
+    """Split examples into a part that chooses the best epoch, and a part to test on, which takes no part in that."""
     shuffled = random.Random(seed).sample(examples, len(examples))
     count = 1000 if len(examples) > 5000 else len(examples) // 2
     return shuffled[:count], shuffled[count:]
 
 
 def count_parameters(model: Any) -> dict[str, Any]:
-    """Trained numbers, the classifier's apart, as the paper counts them: as a share of the model without its
-    classifier."""
+    """Count trained parameters as the paper does: without the classifier, as a share of the model without it."""
     trained = head = total = 0
     for name, parameter in model.named_parameters():
         is_head = "classifier" in name.split(".") or "score" in name.split(".")
@@ -192,7 +191,7 @@ def count_parameters(model: Any) -> dict[str, Any]:
 
 
 def peak_memory() -> int:
-    """The GPU's, or without one, the process's."""
+    """The most memory used, in bytes: of the GPU, or without one, of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -75,8 +75,7 @@ class _Args(BaseModel):
     """What the plugin adds to axolotl's config."""
 
     reft: Any
-    # What `--debug` sets. axolotl keeps a key only if something declares it, and overwrites a YAML's own with the
-    # flag.
+    # Set by `--debug`, which overrides a YAML's `debug:`. axolotl drops keys that nothing declares.
     debug: bool | None = Field(default=None, description="Log the edited tokens of a training batch.")
 
     @model_validator(mode="before")
@@ -125,8 +124,8 @@ def _check_merge(cfg: Any, config: ReftConfig) -> None:
     method = getattr(cfg, "merge_method", None)
     if str(getattr(method, "value", method)) != "legacy":
         raise ValueError(
-            f"merge_method: {method or 'memory_efficient'} adds up LoRA's matrices file by file, and knows no other adapter. "
-            "Nothing was written. Set merge_method: legacy, which has PEFT merge the loaded model."
+            f"merge_method: {method or 'memory_efficient'} adds up LoRA's matrices file by file, and knows no other "
+            "adapter. Nothing was written. Set merge_method: legacy, which has PEFT merge the loaded model."
         )
 
 
@@ -140,32 +139,31 @@ def _check_prompts_are_known(cfg: Any, config: ReftConfig) -> None:
     )
     if getattr(cfg, "train_on_inputs", None):
         raise ValueError(
-            "train_on_inputs: true leaves no label masked, so labels do not say where prompts end, and ReFT edits tokens of the "
-            f"prompt. Set train_on_inputs: false; or, to train on inputs too, {ways_out}."
+            "train_on_inputs: true leaves no label masked, so labels do not say where prompts end, and ReFT edits "
+            f"tokens of the prompt. Set train_on_inputs: false; or, to train on inputs too, {ways_out}."
         )
     rl = getattr(cfg, "rl", None)
     if rl is not None and str(getattr(rl, "value", rl)) not in TOLD_BY_COLLATOR:
         raise ValueError(
-            f"rl: {getattr(rl, 'value', rl)} gives the model no labels and no key that a collator adds, so nothing says where "
-            f"prompts end, and ReFT edits tokens of the prompt. For this trainer, {ways_out}."
+            f"rl: {getattr(rl, 'value', rl)} gives the model no labels and no key that a collator adds, so nothing "
+            f"says where prompts end, and ReFT edits tokens of the prompt. For this trainer, {ways_out}."
         )
 
 
 def _check_base_can_be_loaded(data: dict) -> None:
-    """Refuse ways of loading a 4-bit base that axolotl offers for `adapter: qlora` only, and name one that ReFT
-    has."""
+    """Refuse ways of loading a 4-bit base that axolotl has for `adapter: qlora` only, and name one for ReFT."""
     if data.get("nf4_backend") == "torchao":
         raise ValueError(
-            f"nf4_backend: torchao is for adapter: qlora alone, not for adapter: {data['adapter']}. Remove nf4_backend: "
-            "bitsandbytes, the default, quantizes the base to 4 bits of the same kind (NF4)."
+            f"nf4_backend: torchao is for adapter: qlora alone, not for adapter: {data['adapter']}. Remove "
+            "nf4_backend: bitsandbytes, the default, quantizes the base to 4 bits of the same kind (NF4)."
         )
     fsdp = data.get("fsdp_config") or {}
     if fsdp.get("cpu_ram_efficient_loading") or fsdp.get("fsdp_cpu_ram_efficient_loading"):
         raise ValueError(
-            "fsdp_config: cpu_ram_efficient_loading: true with load_in_4bit: true is for adapter: qlora alone (from axolotl 0.21 on; "
-            f"before, for none), not for adapter: {data['adapter']}, and qlora_sharded_model_loading: true does not change that. Set "
-            "fsdp_config: cpu_ram_efficient_loading: false: every process then loads and quantizes the base by itself. Or keep "
-            "it, and remove load_in_4bit."
+            "fsdp_config: cpu_ram_efficient_loading: true with load_in_4bit: true is for adapter: qlora alone (from "
+            f"axolotl 0.21 on; before, for none), not for adapter: {data['adapter']}, and "
+            "qlora_sharded_model_loading: true does not change that. Set fsdp_config: cpu_ram_efficient_loading: "
+            "false: every process then loads and quantizes the base by itself. Or keep it, and remove load_in_4bit."
         )
 
 

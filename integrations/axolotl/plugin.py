@@ -56,8 +56,7 @@ class ReftPlugin(BasePlugin):
         axolotl_api.own_name_again(cfg)
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Any) -> list:
-        """Have the collator add `prompt_lengths` for trainers that pass no labels, and log edited tokens if asked
-        to."""
+        """For trainers that pass no labels, have the collator add `prompt_lengths`. Log edited tokens if asked to."""
         if is_reft(cfg.adapter) and self._is_first():
             config = reft_config(cfg)
             if cfg.rl and config.response_template is None and not config.spec.all_tokens:
@@ -114,8 +113,9 @@ def _check_template(text: str, config: ReftConfig, cfg: DictDefault) -> None:
     saved = text_template(text, AutoTokenizer.from_pretrained(config.tokenizer_name_or_path or cfg.base_model))
     if not saved.occurs_in(ids):
         raise ValueError(
-            f"reft: response_template: {text!r} holds tokens that this YAML adds to the tokenizer, so an adapter would not find "
-            f"it with the base model's. Give it as the token ids of your tokenizer: response_template: {ids}."
+            f"reft: response_template: {text!r} holds tokens that this YAML adds to the tokenizer, so an adapter "
+            "would not find it with the base model's. Give it as the token ids of your tokenizer: response_template: "
+            f"{ids}."
         )
 
 
@@ -132,8 +132,8 @@ def _check_saved(saved: PeftConfig, asked: ReftConfig, cfg: DictDefault) -> None
             else str(getattr(saved.peft_type, "value", saved.peft_type)).lower()
         )
         raise ValueError(
-            f"lora_model_dir: {cfg.lora_model_dir} holds an adapter of kind {kind}, but adapter: {cfg.adapter} asks for "
-            f"another. Set adapter: {kind}, or point lora_model_dir to a {cfg.adapter} adapter."
+            f"lora_model_dir: {cfg.lora_model_dir} holds an adapter of kind {kind}, but adapter: {cfg.adapter} asks "
+            f"for another. Set adapter: {kind}, or point lora_model_dir to a {cfg.adapter} adapter."
         )
     differing = [
         f"{name} ({getattr(asked, name)!r} in the YAML)"

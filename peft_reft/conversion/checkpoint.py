@@ -216,8 +216,7 @@ def _tensors(checkpoint: Checkpoint, config: ReftConfig) -> dict[str, Tensor]:
 
 
 def _stack_sets(parts: Sequence[Tensor | None], name: str, checkpoint: Checkpoint) -> Tensor | None:
-    """R, W or b of a module's sets of weights as one tensor [G, ...], float32. None where the edit has no such
-    weight."""
+    """R, W or b of a module's sets as one tensor [G, ...], float32. None where the edit has no such weight."""
     present = [part for part in parts if part is not None]
     if not present:
         return None

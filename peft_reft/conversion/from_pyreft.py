@@ -243,8 +243,7 @@ def _name_of_class(name: object, where: Path) -> str | None:
 
 
 def _intervention(folder: Path, weights: dict[str, dict[str, Tensor]], kind: str | None) -> str:
-    """The edit, by its name in ReftConfig: `kind`, where that is known, else the only one with tensors of these
-    names."""
+    """The edit's name in ReftConfig: `kind`, where that is known, else the only edit with tensors of these names."""
     fitting = sorted(set.intersection(*(_kinds_of(tensors) for tensors in weights.values())))
     if kind is None and len(fitting) != 1:
         raise ValueError(

@@ -147,8 +147,7 @@ class Place:
         if not self.squeezed:
             name = re.sub(r"\[(\d+)\]", r".\1", path)
             return _existing(name, f"component={self.component!r}", model_class, modules)
-        # Only the name of a file is known. Underscores in it may be dots, so every module's path is squeezed and
-        # compared.
+        # Only a file's name is known, where underscores may stand for dots: compare the squeezed path of each module.
         fitting = [name for name in modules if name and path in (_squeeze(path_of(name)), _squeeze(name))]
         if len(fitting) != 1:
             raise ValueError(

@@ -1,5 +1,4 @@
-"""Reads the rows of a task, from a folder or from the Hub. The task itself (`Task.read`) knows the fields of its
-rows."""
+"""Reads the rows of a task, from a folder or from the Hub. `Task.read` knows the fields of its rows."""
 
 from __future__ import annotations
 
@@ -119,8 +118,7 @@ def _read_file(task: Task, path: Path) -> list[Row]:
 
 
 def _read_tsv(task: Task, path: Path) -> list[Row]:
-    """A table of CoLA, whose columns are source, label, the author's mark and sentence, or of SST-2: sentence,
-    label."""
+    """A table of CoLA (source, label, the author's mark, sentence), or of SST-2 (sentence, label)."""
     columns = {"cola": (4, 3, 1), "sst2": (2, 0, 1)}.get(task.name)
     if columns is None:
         raise ValueError(

@@ -71,8 +71,7 @@ class ExplainedSequence:
         found = []
         if not self.first and not self.last:
             found.append("no token is edited")
-        # A label on the very first token means that prompts are trained too. Else every token with a label is an
-        # answer's.
+        # With a label on the first token, prompts are trained too. Else each token with a label is an answer's.
         if 0 not in self.trained and (answers := sorted({*self.first, *self.last} & {*self.trained})):
             found.append(f"edited tokens are part of an answer, which generation would not edit: {answers}")
         return found

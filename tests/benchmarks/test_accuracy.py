@@ -61,7 +61,7 @@ def test_a_row_for_each_method(tmp_path):
 
 @pytest.fixture
 def commands(monkeypatch):
-    """The commands that are run, each of which leaves what it is to leave."""
+    """Record the commands that are run, and write the files that each would write."""
     ran = []
 
     def pretend(self, command, log):

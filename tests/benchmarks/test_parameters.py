@@ -42,7 +42,7 @@ def adapter_by_hand(model: str, task: str, method: str) -> int:
     width, layers = (LLAMAS.get(model) or ROBERTAS[model])[:2]
     if method == "LoRA":
         _, _, inner, _, keys = LLAMAS[model]
-        q, k = width + width, width + keys  # in + out
+        q, k = width + width, width + keys  # in and out
         return layers * (16 * (q + k) if task == "instructions" else 32 * (q + 2 * k + 2 * (width + inner)))
     rank, groups, edited = {
         ("instructions", "LoReFT"): (4, 2, 4),
@@ -54,7 +54,7 @@ def adapter_by_hand(model: str, task: str, method: str) -> int:
 
 @pytest.fixture(scope="module")
 def counted() -> list:
-    """Each row, and what is counted for it."""
+    """Each row of the paper, and its counts."""
     return [(row, count(row)) for row in ROWS]
 
 
@@ -72,7 +72,7 @@ def test_what_is_counted(counted):
 
 
 def test_of_what_the_percentage_is(counted):
-    """Where the two wholes tell apart, the other one would not give the paper's number."""
+    """Where the two denominators give different percentages, only the right one gives the paper's."""
     for row, found in counted:
         if row.method == "LoRA":
             other = found["percent of base" if row.of_both else "percent of both"]
@@ -80,7 +80,7 @@ def test_of_what_the_percentage_is(counted):
 
 
 def test_the_command_and_the_page(tmp_path):
-    """What the command writes, and the page's table is what it prints."""
+    """The command writes its counts, and docs/results.md has the table that it prints."""
     done = CliRunner().invoke(app, ["parameters", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "parameters.json").read_text())["parameters"]

@@ -39,7 +39,7 @@ CONVERTIBLE = [name for name in ADAPTERS if name != "head.flex"]
 BASE = str(BASES["llama"])
 
 
-# -- in ---------------------------------------------------------------------------------------------------------------
+# -- into PEFT --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PYREFT)
@@ -47,7 +47,7 @@ def test_pyrefts_own_logits_and_tokens(name, tmp_path):
     case, known = PYREFT[name], expected("pyreft")
     from_pyreft(case, tmp_path / "adapter")
     model = adapted(case["base"], tmp_path / "adapter")
-    logits = known[f"{name}.logits"].double()  # those of Llama come out of transformers 4.45 in float32
+    logits = known[f"{name}.logits"].double()  # transformers 4.45 gives Llama's in float32
     torch.testing.assert_close(logits_of(model, case["base"]), logits, rtol=0, atol=TOLERANCE)
     in_float32 = logits_of(model, case["base"], torch.float32).double()
     torch.testing.assert_close(in_float32, logits, rtol=0, atol=1e-5)
@@ -70,7 +70,7 @@ def test_the_adapters_librarys_own_logits_and_tokens(name, tmp_path):
     from_adapters(case, tmp_path / "adapter")
     model = adapted(case["base"], tmp_path / "adapter")
     logits = known[f"{name}.logits"]
-    # Its R is computed in float64 there, and saved in float32 here.
+    # pyreft computes R in float64; the converted file has it in float32.
     atol = TOLERANCE * logits.abs().max().item()
     torch.testing.assert_close(logits_of(model, case["base"]), logits, rtol=0, atol=atol)
     for row in range(2):
@@ -87,7 +87,7 @@ def test_an_ordinary_adapter_directory(tmp_path):
     config = done.config
     assert (config.r, config.positions, config.share_weights, config.width) == (3, "f3+l3", False, 32)
     assert (config.layers_to_transform, config.target_modules, str(config.task_type)) == ([0, 2], None, "CAUSAL_LM")
-    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")  # by the base model that it names
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")  # the base model that the checkpoint names
     known = expected("pyreft")["loreft.untied.logits"].double()
     torch.testing.assert_close(logits_of(model.eval(), "llama"), known, rtol=0, atol=TOLERANCE)
 
@@ -100,7 +100,7 @@ def test_places_of_every_kind(tmp_path):
         "model.layers.1.self_attn",
         "model.layers.2",
     }
-    assert config.width is None  # of several widths
+    assert config.width is None  # modules of several widths
     ranks = {name: config.rank_of(name) for name in config.target_modules}
     assert ranks == {
         "model.layers.0.mlp": 2,
@@ -159,7 +159,7 @@ def test_weights_of_16_bits_become_float32(tmp_path):
     shutil.copytree(DATA / "pyreft" / "loreft.last", folder)
     (file,) = folder.glob("intkey_*.bin")
     state = torch.load(file, weights_only=True)
-    state["weight"] = state["weight"].bfloat16()  # as pyreft makes it unless told otherwise
+    state["weight"] = state["weight"].bfloat16()  # pyreft's default
     torch.save(state, file)
     done = convert_pyreft(folder, tmp_path / "adapter", BASE, "l2")
     assert "weights in bfloat16 were made float32" in " ".join(done.notes)
@@ -167,7 +167,7 @@ def test_weights_of_16_bits_become_float32(tmp_path):
     assert torch.equal(tensors["base_model.model.model.layers.1.reft_W"][0], state["weight"].float())
 
 
-# -- out --------------------------------------------------------------------------------------------------------------
+# -- out to pyreft ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PYREFT)
@@ -187,14 +187,14 @@ def test_there_and_back_again(name, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name, case in PYREFT.items() if case["saved_by"] == "save"])
 def test_the_files_are_pyrefts(name, tmp_path):
-    """Names, shapes and dtypes, and the fields that its config.json says anything by."""
+    """Names, shapes and dtypes of a checkpoint, and the fields of its config.json that matter."""
     original, out = DATA / "pyreft" / name, tmp_path / "pyreft"
     from_pyreft(PYREFT[name], tmp_path / "adapter")
     export_pyreft(tmp_path / "adapter", out)
     files = sorted(path.name for path in original.glob("intkey_*.bin"))
     theirs, ours = (json.loads((folder / "config.json").read_text()) for folder in (original, out))
     by_path = any("." in place["component"] for place in PYREFT[name]["places"])
-    if not (by_path and PYREFT[name]["base"] == "llama"):  # a path that has a name of its own comes out by that
+    if not (by_path and PYREFT[name]["base"] == "llama"):  # a path that is also a component comes out as the component
         assert files == sorted(path.name for path in out.glob("intkey_*.bin"))
         assert sorted(theirs["sorted_keys"]) == sorted(ours["sorted_keys"])
         assert sorted(map(str, theirs["representations"])) == sorted(map(str, ours["representations"]))

@@ -1,5 +1,5 @@
-"""What conversion refuses: files that could run code, places and settings that would have to be guessed, weights that
-make no sense."""
+"""What conversion refuses: files that could run code, places and settings that the files leave open, damaged
+weights."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_heads_are_single_units_of_no_module(tmp_path):
 
 
 def test_interventions_in_another_order_are_refused(tmp_path):
-    """pyreft gives the first half of its interventions the first tokens: those of one layer must not all be in it."""
+    """pyreft gives the first half of its interventions the first tokens: a layer must not have both in that half."""
     folder = copy_of("loreft.untied", tmp_path)
     config = json.loads((folder / "config.json").read_text())
     edit_config(folder, sorted_keys=sorted(config["sorted_keys"]))

@@ -42,13 +42,13 @@ ARGUMENTS = {
     "logging_steps": 1,
 }
 WHOLE = {"reft": {"r": 4, "positions": "f2+l2"}}
-# Modules inside the blocks: run again with them in backward. Of a basis [1, 3, 49] two processes have no equal parts.
+# Modules inside the blocks are recomputed with them in backward. R [1, 3, 49] has no equal parts for two processes.
 INSIDE = {"reft": {"r": 3, "positions": "f2+l2", "share_weights": True, "target_modules": ["gate_proj"]}}
 CHECKPOINTED = {"arguments": {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}}
 BY_FSDP = {"environment": {"FSDP_ACTIVATION_CHECKPOINTING": "true"}}
 SHARDED = {"environment": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}}
 RESUMED = {"resume": "whole/checkpoint-2"}
-# By config: what is trained, under the name of the training in one process that it has to equal.
+# Config -> name of the training in one process -> settings of the distributed training that must equal it.
 LAUNCHES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "ddp": {
         "whole": ("whole", WHOLE),
@@ -165,7 +165,7 @@ def test_two_processes_end_where_one_does(config, base, alone, tmp_path):
         assert (notes["engine"], notes["processes"]) == (f"DistributedType.{engine}", 2)
         assert (notes["parameters"].get("DTensor", 0) > 0) == (config == "fsdp2")
         assert ("CheckpointWrapper" in str(notes["modules"])) == ("checkpointed" in name)
-        assert notes["modules"].get("FSDPReftLayer") is None  # its few weights are gathered once, with the root's
+        assert notes["modules"].get("FSDPReftLayer") is None  # the few weights are gathered once, with the root's
         assert len(notes["losses"]) == ARGUMENTS["max_steps"]
         saved = check_saved(tmp_path / name)
         assert saved.keys() == alone[equal_to].keys()
@@ -177,13 +177,13 @@ def test_two_processes_end_where_one_does(config, base, alone, tmp_path):
             plain = model(**prompts(9, 7)).logits
         with torch.no_grad():
             assert not torch.allclose(model(**prompts(9, 7)).logits, plain, atol=1e-3)
-        if "sharded" not in name:  # else the checkpoint is of shards
+        if "sharded" not in name:  # else the checkpoint holds shards
             check_saved(tmp_path / name / "checkpoint-4")
 
 
 @pytest.fixture
 def group(tmp_path):
-    """This process as a group of one."""
+    """A process group of this process alone."""
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
@@ -206,7 +206,7 @@ def train(model: torch.nn.Module, steps: int = 3) -> None:
 
 @pytest.mark.parametrize("unit", ["edited blocks", "blocks", "all"])
 def test_fully_shard_by_hand(unit, group):
-    """Whatever is a unit of its own: the weights of a layer are shards before a forward, or gathered already."""
+    """Whichever modules FSDP wraps: before a forward, a layer's weights may be sharded or gathered already."""
     plain, sharded = adapted(), adapted()
     layers = sharded.base_model.model.model.layers
     for layer in {"edited blocks": layers, "blocks": [layer.base_layer for layer in layers], "all": []}[unit]:

@@ -109,7 +109,7 @@ def test_answers_are_the_same_in_any_batch(folder):
         (task, name) for name in ("base", "lora", "mine") for task in ("mawps", "boolq")
     ]
     boolq = [one for one in report["results"] if one["task"] == "boolq"]
-    assert [one["unanswered"] for one in boolq] == [5, 5, 5]  # nobody says "the correct answer is"
+    assert [one["unanswered"] for one in boolq] == [5, 5, 5]  # no answer contains "the correct answer is"
     assert boolq[0]["scores"]["accuracy"]["value"] == 0
     assert report["versions"]["peft"] == peft.__version__ and report["split"] == {"mawps": "test", "boolq": "test"}
 
@@ -121,9 +121,7 @@ def test_answers_are_those_of_the_model_by_itself(folder, name):
     model = PeftModel.from_pretrained(chat_model(), str(folder / name)).eval()
     for line in lines(folder / "o" / f"mawps.{ {'reft': 'mine'}.get(name, name) }.jsonl"):
         ids = tokens(line["prompt"], return_tensors="pt")["input_ids"]
-        for _ in range(
-            8
-        ):  # greedily, one whole forward for each token, told the prompt where the adapter wants to know
+        for _ in range(8):  # greedy, by a whole forward for each token, with prompt_lengths for the ReFT adapter
             told = (
                 {"prompt_lengths": torch.tensor([len(tokens(line["prompt"])["input_ids"])])} if name == "reft" else {}
             )
@@ -197,7 +195,7 @@ def test_a_prompt_does_not_end_the_text():
 
 
 def test_means():
-    """Of several tasks, all with a score."""
+    """The mean is over several tasks, each with a score."""
 
     def result(model, value):
         return {"model": model, "scores": {} if value is None else {"accuracy": {"value": value}}}
@@ -257,7 +255,7 @@ def test_a_text_gets_its_own_score_in_any_batch(classifiers):
     tokens = t.AutoTokenizer.from_pretrained(classifiers / "encoder")
     torch.manual_seed(0)
     model = t.AutoModelForSequenceClassification.from_pretrained(classifiers / "encoder", num_labels=1).eval()
-    torch.nn.init.normal_(model.classifier.weight, std=10.0)  # for the texts to differ
+    torch.nn.init.normal_(model.classifier.weight, std=10.0)  # so that the texts differ
     with torch.no_grad():
         alone = [model(**tokens(text, return_tensors="pt")).logits.item() for text in QUESTIONS]
     assert len({round(value, 3) for value in alone}) == len(QUESTIONS)

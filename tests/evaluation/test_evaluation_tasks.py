@@ -287,7 +287,7 @@ def test_metrics():
     assert score("matthews", predicted, labels).value == pytest.approx((4 * 3 - 1 * 2) / math.sqrt(5 * 6 * 4 * 5))
     assert score("f1", predicted, labels).value == pytest.approx(8 / 11)
     assert score("accuracy", predicted, labels).value == 0.7
-    # by hand: sums of products of 1, 2, 3, 4 and 1, 4, 9, 16 around their means
+    # sums of products of 1, 2, 3, 4 and 1, 4, 9, 16 around their means, by hand
     assert score("pearson", [1, 2, 3, 4], [1, 4, 9, 16]).value == pytest.approx(25 / math.sqrt(5 * 129))
     assert score("spearman", [1, 2, 3, 4], [1, 9, 4, 16]).value == pytest.approx(1 - 6 * 2 / (4 * 15))
     with pytest.raises(ValueError, match="no metric 'bleu'"):

@@ -97,7 +97,7 @@ def test_settings_of_the_7b_runs(folder, r, positions, tied, layers, base, epoch
 
 @pytest.fixture
 def llama_7b() -> torch.nn.Module:
-    """Without weights. LLaMA-7B and Llama-2 7B have the same sizes."""
+    """The model on the meta device. LLaMA-7B and Llama-2 7B have the same sizes."""
     sizes = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
     with torch.device("meta"):
         model = t.LlamaForCausalLM(t.LlamaConfig(**sizes, num_attention_heads=32, tie_word_embeddings=False))
@@ -179,7 +179,7 @@ def test_share_of_roberta_that_loreft_trains(layers, width, count, percent):
 
 @pytest.mark.parametrize("path", YAMLS, ids=name)
 def test_axolotl_trains_on_the_prompt_that_evaluate_gives(path):
-    """Braces and line ends come through, nothing is put around the prompt, and labels begin at the completion."""
+    """Braces and line ends are kept, nothing is added around the prompt, and labels begin at the completion."""
     cfg = validated(path)
     from axolotl.prompt_strategies.user_defined import UserDefinedDatasetConfig, load
 
@@ -210,7 +210,7 @@ def test_files_of_the_readme_are_there():
 
 
 def test_commands_of_the_readme_fit_together():
-    """What is read has been written: the prepared file by its YAML, an adapter by `evaluate`."""
+    """Each command reads files that an earlier one writes: a YAML the prepared file, `evaluate` an adapter."""
     written: set[str] = set()
     read = 0
     for words in commands():
@@ -249,7 +249,7 @@ def script() -> dict:
 
 @pytest.fixture
 def encoder(tmp_path) -> Path:
-    """A small BERT with random weights, and rows whose class one word tells."""
+    """A small BERT with random weights, and rows whose class depends on one word."""
     words = ["good", "bad", *(f"w{number}" for number in range(20))]
     torch.manual_seed(0)
     vocab = {word: index for index, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *words])}

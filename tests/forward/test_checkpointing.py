@@ -22,7 +22,7 @@ def gradients(
     accumulate: bool = False,
     **settings,
 ) -> dict[str, torch.Tensor]:
-    """Gradients of the adapter after several forwards before one backward, or after one backward each."""
+    """Gradients of the adapter, after several forwards with one backward for all, or with a backward for each."""
     base = build(name).to(dtype or torch.float32)
     settings = {"r": 4, "positions": "f2+l1", "task_type": "CAUSAL_LM", **settings}
     model = get_peft_model(base, ReftConfig(**settings)).train()
@@ -70,7 +70,7 @@ def test_edits_inside_the_recomputed_part(target_modules, use_reentrant):
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("target_modules", [["fc2"], r".*encoder.*fc2", r".*decoder.*fc2"])
 def test_edits_inside_the_recomputed_parts_of_an_encoder_decoder(target_modules, use_reentrant):
-    """An encoder's tokens are not the decoder's, and a forward of the encoder is over before backward begins."""
+    """The recompute of an encoder edits the encoder's tokens, not the decoder's, though its forward is long over."""
     batches = []
     for lengths, seed in (((9, 6), 1), ((12, 7), 2)):
         batches.append({**prompts(*lengths, seed=seed), "labels": prompts(5, 5, seed=seed + 5)["input_ids"]})
@@ -86,7 +86,7 @@ def test_edits_inside_the_recomputed_parts_of_an_encoder_decoder(target_modules,
 @pytest.mark.parametrize("target_modules", [None, ["mlp"]])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_torchs_checkpoint_wrapper(around, target_modules, reentrant):
-    """As accelerate's FSDP option puts it around blocks, inside the edit or, by another policy, outside."""
+    """As accelerate's FSDP option checkpoints blocks: inside the edit or, with another policy, outside."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
         CheckpointImpl,
         apply_activation_checkpointing,
@@ -95,7 +95,7 @@ def test_torchs_checkpoint_wrapper(around, target_modules, reentrant):
 
     def wrap(base: torch.nn.Module) -> None:
         base.enable_input_require_grads()
-        base.config.use_cache = False  # a recompute would fill the cache a second time
+        base.config.use_cache = False  # else the recompute would fill the cache a second time
         chosen = [
             layer.get_base_layer() if around == "block" and target_modules is None else layer
             for layer in base.model.layers

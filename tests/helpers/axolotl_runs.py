@@ -1,4 +1,4 @@
-"""What tests need to run axolotl's own command line, each command in a process of its own."""
+"""Runs axolotl's own command line for tests, each command in a process of its own."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Probe(BasePlugin):
 
 
 def finds_plugins() -> bool:
-    """Whether the installed axolotl looks for plugins among the installed packages, as 0.21 does."""
+    """Whether the installed axolotl finds plugins among the installed packages, as 0.21 does."""
     return Version(metadata.version("axolotl")) >= Version("0.21")
 
 
@@ -93,9 +93,10 @@ def fill(folder: Path, smollm2: str) -> Path:
 def axolotl(
     folder: Path, command: str, config: dict, *options: str, name: str = "run", stdin: str = "", probe: bool = True
 ) -> SimpleNamespace:
-    """Run a command of axolotl in a process of its own, and return what it printed, and the probe's notes."""
+    """Run a command of axolotl in a process of its own. Returns its exit status, output, losses, and the probe's
+    notes."""
     if command != "merge-lora" and name != "trained":
-        options = (*options, "--launcher", "python")  # one import of axolotl less than by way of accelerate
+        options = (*options, "--launcher", "python")  # saves the second import of axolotl that accelerate needs
     full = {
         "base_model": str(folder / "base"),
         "datasets": [{"path": str(folder / "data.jsonl"), "type": "alpaca"}],

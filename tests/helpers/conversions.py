@@ -1,4 +1,4 @@
-"""The checkpoints in tests/data/conversion, and how a model with a converted one is run."""
+"""The checkpoints in tests/data/conversion: converts them, and runs a model with the result."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def expected(library: str) -> dict[str, torch.Tensor]:
 
 
 def from_pyreft(case: dict, out: Path, **changes) -> Conversion:
-    """Convert with what the files don't say, and no more."""
-    told = {
+    """Convert a case, given only the settings that its files lack."""
+    given = {
         "folder": DATA / "pyreft" / case["name"],
         "out": out,
         "base_model": str(BASES[case["base"]]),
@@ -47,16 +47,16 @@ def from_pyreft(case: dict, out: Path, **changes) -> Conversion:
         "act_fn": case["act_fn"],
     }
     if case["saved_by"] == "save_intervention" and case["intervention"] not in ("Loreft", "Direft"):
-        told["intervention"] = case["intervention"].lower()
+        given["intervention"] = case["intervention"].lower()
     if case["base"] == "llama-classifier":
-        told["task_type"] = "SEQ_CLS"
-    return convert_pyreft(**{**told, **changes})
+        given["task_type"] = "SEQ_CLS"
+    return convert_pyreft(**{**given, **changes})
 
 
 def from_adapters(case: dict, out: Path, **changes) -> Conversion:
     edit = {"NoReftConfig": "noreft", "DiReftConfig": "nodireft"}.get(case["kind"])
-    told = {"base_model": str(BASES[case["base"]]), "intervention": edit}
-    return convert_adapters(DATA / "adapters" / case["name"], out, **{**told, **changes})
+    given = {"base_model": str(BASES[case["base"]]), "intervention": edit}
+    return convert_adapters(DATA / "adapters" / case["name"], out, **{**given, **changes})
 
 
 def base_of(name: str) -> torch.nn.Module:
@@ -76,12 +76,11 @@ def prompts(base: str) -> dict[str, torch.Tensor]:
 
 
 def logits_of(model: torch.nn.Module, base: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """The logits that are stored, of a model computing in float64."""
+    """A model's logits at the tokens for which expected.safetensors has them, computed in float64."""
     model.to(dtype)
     for layer in model.modules():
-        if isinstance(
-            layer, ReftLayer
-        ):  # R as it is in the file: in float64, it would be made orthonormal to more digits
+        if isinstance(layer, ReftLayer):
+            # Use R as the file has it: a forward in float64 would make R orthonormal to more digits.
             layer.bases.mark_clean("default")
     with torch.no_grad():
         logits = model(**prompts(base)).logits

@@ -1,4 +1,4 @@
-"""What each process of a distributed test runs: some trainings, one after the other, by transformers' Trainer."""
+"""The program of each process in a distributed test: runs trainings, one after the other, by transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -62,8 +62,7 @@ def train(
 
 
 def on_cpus() -> None:
-    """Let accelerate treat processes on CPUs as it does those on GPUs: for CPUs it offers neither FSDP nor
-    DeepSpeed."""
+    """Have accelerate treat processes on CPUs as on GPUs: it offers neither FSDP nor DeepSpeed for CPUs."""
     PartialState._prepare_backend = lambda self, *_, **__: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
 

@@ -1,6 +1,6 @@
-"""Trains a tiny model in processes that are killed, and compares where they end: a program for test_killed.py.
+"""Trains a tiny model in processes that are killed, and compares the final adapters: a program for test_killed.py.
 
-The imports are made once; every run is a fork of this process, which itself trains nothing.
+This process imports the libraries once and trains nothing. Every run is a fork of it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FINAL = "adapter_model.safetensors"
 
 
 def train(folder: Path, resume: str | None) -> None:
-    """The run: what an ordinary script does, with everything random that a run may have."""
+    """Train as an ordinary script does, with all the randomness that a run may have: start, dropout, order."""
     settings = {"r": 4, "positions": "f2+l2", "dropout": 0.2, "init_weights": "pyreft", "task_type": "CAUSAL_LM"}
     torch.manual_seed(1)
     model = get_peft_model(build("llama"), ReftConfig(**settings))
@@ -59,7 +59,7 @@ def train(folder: Path, resume: str | None) -> None:
 
 
 def fork(run: Callable[[], None]) -> int:
-    """Start a run in a process of its own."""
+    """Start a run in a process of its own, and return the process's id."""
     sys.stdout.flush()
     process = os.fork()
     if process == 0:
@@ -84,8 +84,8 @@ def resume(folder: Path) -> None:
 
 
 def killed(reference: Path, folder: Path, seconds: float, chance: random.Random) -> tuple[int, int]:
-    """Kill a run four times, at any moment or while it saves, and let it finish. Returns how often it was killed, and
-    how many checkpoints were passed over."""
+    """Kill a run up to four times, at a random moment or while it saves, and let it finish. Returns the number of
+    kills and of incomplete checkpoints that were passed over."""
     kills = passed_over = 0
     while not (folder / "done").exists():
         with warnings.catch_warnings(record=True) as caught:
@@ -111,8 +111,8 @@ def killed(reference: Path, folder: Path, seconds: float, chance: random.Random)
 
 
 def half_written(checkpoint: Path) -> Iterator[Callable[[Path], None]]:
-    """The states in which a kill leaves a checkpoint: its files up to one, in the order in which they were written,
-    and a half of that one."""
+    """The states in which a kill may leave a checkpoint: the files written so far, the last of them half written. Each
+    is a function that brings a copy of the checkpoint into that state."""
     files = sorted((f for f in checkpoint.rglob("*") if f.is_file()), key=lambda file: file.stat().st_mtime_ns)
     for number, file in enumerate(files):
 
@@ -148,11 +148,11 @@ def main(root: Path) -> None:
             warnings.simplefilter("ignore")
             assert last_complete_checkpoint(folder) == str(folder / "checkpoint-3")
         result["states"] += 1
-        # transformers' own choice is the half-written one.
+        # transformers itself chooses the half-written checkpoint.
         code = finish(fork(lambda: train(root / "half", get_last_checkpoint(root / "half"))))
         result["refused"] += code == 1
-    # From the one before it, and from the last, of a run that was killed before it could end: transformers then trains
-    # a step more, with the learning rate that its schedule ends at, 0.
+    # Resume from an early checkpoint, and from the last one, as of a run killed before it saved the final adapter.
+    # From the last one, transformers trains one more step, with the learning rate at the end of its schedule: 0.
     for step in (3, STEPS):
         folder = root / f"from-{step}"
         shutil.copytree(reference / f"checkpoint-{step}", folder / f"checkpoint-{step}")
@@ -164,8 +164,8 @@ def main(root: Path) -> None:
 if __name__ == "__main__":
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    # What every run would do again: the rules by which transformers renames weights, and looking through all of these
-    # objects.
+    # Done once here instead of in every fork: transformers builds its rules for renaming weights, and the garbage
+    # collector goes through all objects of the imports.
     get_peft_model(build("llama"), ReftConfig(r=4))
     gc.freeze()
     main(Path(sys.argv[1]))

@@ -9,7 +9,7 @@ import torch
 import transformers as t
 
 
-# What the installed transformers calls a cache, as an argument and in outputs.
+# The installed transformers' name for the cache, as an argument and in outputs.
 CACHE = next(name for name in ("cache", "past_key_values") if name in t.LlamaForCausalLM.forward.__annotations__)
 
 VOCAB = 97
@@ -63,7 +63,7 @@ ENCODERS = {
         t.DistilBertConfig(vocab_size=VOCAB, dim=32, n_layers=3, n_heads=4, hidden_dim=48, num_labels=3)
     ),
 }
-# Hidden state in other forms than a cache of keys and values, or in one that forgets.
+# Models with a state other than keys and values, or with a cache that drops old tokens.
 CACHES = {
     "mistral, sliding window": lambda: t.MistralForCausalLM(t.MistralConfig(**GROUPED, sliding_window=4)),
     "gemma2, sliding window": lambda: t.Gemma2ForCausalLM(
@@ -161,7 +161,7 @@ VISION = {
         )
     ),
 }
-# The same sizes, by task.
+# Models of the same sizes for each task type, without dropout.
 CALM = {**SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TASKS = {
     ("bert", "SEQ_CLS"): lambda: t.BertForSequenceClassification(t.BertConfig(**CALM, num_labels=3)),
@@ -181,13 +181,13 @@ def blocks(model: torch.nn.Module) -> torch.nn.ModuleList:
 
 
 def build(name: str | tuple[str, str]) -> t.PreTrainedModel:
-    """The tiny model of that name, the same at every call, in evaluation mode."""
+    """The tiny model of that name in evaluation mode, with the same weights at every call."""
     torch.manual_seed(0)
     return _enlarged({**DECODERS, **ENCODERS, **CACHES, **SEQ2SEQ, **SPEECH, **VISION, **TASKS}[name]())
 
 
 def _enlarged(model: t.PreTrainedModel) -> t.PreTrainedModel:
-    """Give it larger weights than transformers' start, so that what one token changes is seen at others."""
+    """Draw larger weights than transformers does, so that a change of one token shows at others."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -209,8 +209,8 @@ CHAT_VOCAB = 384
 
 
 def tokenizer(kind: str = "byte level") -> t.PreTrainedTokenizerFast:
-    """A small tokenizer that merges as large ones do, across words and line ends: byte level, or as SentencePiece has
-    it."""
+    """A small tokenizer that merges across words and line ends, as large ones do. `kind`: "byte level", or any other
+    text for SentencePiece's form."""
     specials = ["<pad>", "<s>", "<|im_end|>", "<|im_start|>"]
     tokens = tk.Tokenizer(tk.models.BPE())
     if kind == "byte level":
@@ -223,7 +223,7 @@ def tokenizer(kind: str = "byte level") -> t.PreTrainedTokenizerFast:
             [tk.decoders.Replace("\u2581", " "), tk.decoders.ByteFallback(), tk.decoders.Fuse()]
         )
         alphabet = []
-    # 256 places are left for bytes that a SentencePiece vocabulary falls back to.
+    # 256 ids are left free for the bytes that a SentencePiece vocabulary falls back to.
     trainer = tk.trainers.BpeTrainer(
         vocab_size=CHAT_VOCAB if alphabet else CHAT_VOCAB - 256, special_tokens=specials, initial_alphabet=alphabet
     )
@@ -262,7 +262,7 @@ def prompts(*lengths: int, side: str = "right", seed: int = 1) -> dict[str, torc
 
 
 def labelled(*lengths: int, prompt: int, seed: int) -> dict[str, torch.Tensor]:
-    """A batch to train on: prompts of one length, and the rest of each sequence its answer."""
+    """A batch to train on: the first `prompt` tokens of each sequence are its prompt, the rest is its answer."""
     batch = prompts(*lengths, seed=seed)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     labels[:, :prompt] = -100
@@ -270,7 +270,7 @@ def labelled(*lengths: int, prompt: int, seed: int) -> dict[str, torch.Tensor]:
 
 
 def randomize(model: torch.nn.Module, scale: float = 0.5, seed: int = 2) -> None:
-    """Give the adapters of a model random weights, such that every edit changes the output plainly."""
+    """Give the adapters of a model random W and b, so that every edit changes the output clearly."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,7 +1,9 @@
 """A slow and obvious ReFT: one sequence at a time, one token at a time, in plain Python.
 
-It shares nothing with peft_reft but the names of the edits and the layout of their weights, which it is handed as
-plain tensors. What is a prompt it reads off lists with loops; the edits it writes out one by one.
+It shares nothing with peft_reft but the names of the edits and the layout of their weights, which tests pass to it as
+plain tensors. Prompts are found by loops over lists, and each edit is a formula of its own.
+
+Dimensions: G sets of weights, r rank, d width.
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ from torch import Tensor, nn
 
 @dataclass
 class Sequence:
-    """One sequence, and all that may be said of it.
+    """One sequence, with every form in which its prompt may be given.
 
     Args:
         ids: Its tokens.
         labels: For each token, -100 or the token.
-        prompt_length: For `prompt_lengths`.
-        mask: For `intervention_mask`: 0, 1 or 2 for each token.
+        prompt_length: Its entry of `prompt_lengths`.
+        mask: Its part of `intervention_mask`: 0, 1 (first token) or 2 (last token) for each token.
     """
 
     ids: list[int]
@@ -33,8 +35,17 @@ class Sequence:
 
 @dataclass
 class Rule:
-    """How tokens are chosen. `told` is what says it: nothing, lengths, labels, template or mask. `packed`: several
-    sequences stand in one row."""
+    """How the tokens to edit are chosen.
+
+    Args:
+        first, last: How many first and last tokens of a prompt.
+        everything: Whether all tokens are edited.
+        told: How the prompt is given: "nothing", "lengths", "labels", "template" or "mask".
+        every: Whether every turn of a conversation has a prompt, else only the first.
+        template: The tokens that answers begin after.
+        end: The token that ends an answer.
+        packed: Whether several sequences are in one row.
+    """
 
     first: int
     last: int
@@ -47,7 +58,7 @@ class Rule:
 
 
 def runs_of_prompt(sequence: Sequence, rule: Rule) -> list[list[int]]:
-    """The stretches of prompt, each a list of places. An answer follows each, unless there is none at all."""
+    """The runs of prompt tokens, each a list of indices. An answer follows each, or there is no answer at all."""
     n = len(sequence.ids)
     if rule.told == "nothing":
         return [list(range(n))]
@@ -64,26 +75,26 @@ def runs_before_labels(labels: list[int]) -> list[list[int]] | None:
         return None
     runs: list[list[int]] = []
     run: list[int] = []
-    for place, label in enumerate(labels):
+    for index, label in enumerate(labels):
         if label == -100:
-            run.append(place)
+            run.append(index)
         elif run:
             runs.append(run)
             run = []
-    return runs  # what is masked at the end is before no answer
+    return runs  # no answer follows the -100s at the end, so they are no prompt
 
 
 def runs_before_matches(ids: list[int], rule: Rule) -> list[list[int]] | None:
     size = len(rule.template)
-    ends = [place for place in range(size - 1, len(ids)) if tuple(ids[place - size + 1 : place + 1]) == rule.template]
+    ends = [index for index in range(size - 1, len(ids)) if tuple(ids[index - size + 1 : index + 1]) == rule.template]
     if not ends:
         return None
     runs = [list(range(ends[0] + 1))]
     for previous, end in zip(ends, ends[1:]):
         begin = previous + 1
-        for place in range(previous + 1, end + 1):
-            if ids[place] == rule.end:
-                begin = place + 1
+        for index in range(previous + 1, end + 1):
+            if ids[index] == rule.end:
+                begin = index + 1
                 break
         if begin <= end:
             runs.append(list(range(begin, end + 1)))
@@ -91,12 +102,12 @@ def runs_before_matches(ids: list[int], rule: Rule) -> list[list[int]] | None:
 
 
 def chosen(sequence: Sequence, rule: Rule) -> list[tuple[int, int]]:
-    """What to edit: (place, 0 for a first token or 1 for a last one)."""
+    """The tokens to edit: (index, 0 for a first token or 1 for a last one)."""
     if rule.everything:
-        return [(place, 0) for place in range(len(sequence.ids))]
+        return [(index, 0) for index in range(len(sequence.ids))]
     if rule.told == "mask":
-        return [(place, number - 1) for place, number in enumerate(sequence.mask) if number > 0]
-    places: list[tuple[int, int]] = []
+        return [(index, number - 1) for index, number in enumerate(sequence.mask) if number > 0]
+    indices: list[tuple[int, int]] = []
     for run in runs_of_prompt(sequence, rule):
         n = len(run)
         if n == 0:
@@ -107,9 +118,9 @@ def chosen(sequence: Sequence, rule: Rule) -> list[tuple[int, int]]:
             first, last = min(rule.first, n // 2), min(rule.last, n // 2)
         else:
             first, last = min(rule.first, n), min(rule.last, n)
-        places += [(place, 0) for place in run[:first]]
-        places += [(place, 1) for place in run[n - last :]]
-    return places
+        indices += [(index, 0) for index in run[:first]]
+        indices += [(index, 1) for index in run[n - last :]]
+    return indices
 
 
 @dataclass
@@ -133,15 +144,15 @@ class Edit:
 
 
 @contextmanager
-def edited(blocks: list[nn.Module], edits: list[Edit], places: list[tuple[int, int, int]]) -> Iterator[None]:
-    """Edit the outputs of these blocks at these (row, place, side), token by token, by a hook on each."""
+def edited(blocks: list[nn.Module], edits: list[Edit], indices: list[tuple[int, int, int]]) -> Iterator[None]:
+    """Edit the outputs of these blocks at these (row, index, side), token by token, by a hook on each."""
 
     def hook(edit: Edit) -> Callable:
         def after(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
             h = output[0] if isinstance(output, tuple) else output
             rows = [list(row.unbind(0)) for row in h.unbind(0)]
-            for row, place, side in places:
-                rows[row][place] = edit(rows[row][place], side)
+            for row, index, side in indices:
+                rows[row][index] = edit(rows[row][index], side)
             h = torch.stack([torch.stack(row) for row in rows])
             return (h, *output[1:]) if isinstance(output, tuple) else h
 

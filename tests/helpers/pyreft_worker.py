@@ -1,12 +1,12 @@
-"""What the real pyreft does with checkpoints. Run by tests/peers/test_convert_peers.py in pyreft's own environment.
+"""Runs checkpoints with the real pyreft. Started by tests/peers/test_convert_peers.py in pyreft's own environment.
 
     python tests/helpers/pyreft_worker.py jobs.json results.safetensors
 
-jobs.json: a list of {"case": as in cases.json, "folder": a checkpoint, "by": "state" or "load"}. By "state", its
-weights are put into a model made like the case, as `load_intervention` does; by "load", pyreft's own `ReftModel.load`
-makes all of it, on a base in bfloat16. A job {"tables": true} gives the modules that pyvene's components of a layer
-lie in, as `tables.json` beside the results, and a job {"locations": [[positions, share_weights, length], ...]}
-pyreft's lists for two interventions in a prompt, as `locations.json`.
+jobs.json: a list of {"case": as in cases.json, "folder": a checkpoint, "by": "state" or "load"}. By "state", the
+checkpoint's weights are put into a model made like the case, as `load_intervention` does. By "load", pyreft's own
+`ReftModel.load` makes the whole model, on a base in bfloat16. A job {"tables": true} writes `tables.json` beside the
+results: the module of each of pyvene's components of a layer. A job {"locations": [[positions, share_weights, length],
+...]} writes `locations.json`: pyreft's lists of positions for two interventions in a prompt.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def loaded_by_pyreft(case, folder):
 
 
 def tables() -> dict[str, dict[str, str]]:
-    """The modules whose whole output is edited, by class of the model and component."""
+    """Class of a model -> component -> the module whose whole output the component is."""
     from pyvene.models.intervenable_modelcard import type_to_module_mapping
 
     return {

@@ -1,7 +1,6 @@
 """Tiny quantized Llamas, one for each library and kind that runs on a CPU, made on the spot.
 
-Loading is transformers' own wherever it can be. Checkpoints that come quantized are written here, by rounding to
-nearest.
+transformers loads them wherever it can. Checkpoints that come quantized are written here, by rounding to nearest.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def plain() -> nn.Module:
 
 
 def by_config(package: str, make: Callable[[], object]) -> Load:
-    """Quantized by transformers while it loads an ordinary checkpoint."""
+    """A loader: transformers quantizes an ordinary checkpoint while it loads it."""
 
     def load(folder: Path) -> nn.Module:
         pytest.importorskip(package)
@@ -70,12 +69,12 @@ def torchao(kind: str, **settings: object) -> Load:
 
 
 def quanto(weights: str) -> Load:
-    """8 bit only: at the first use of fewer, quanto compiles a C++ extension, for half a minute."""
+    """Used with 8 bits only: for fewer, quanto first compiles a C++ extension, which takes half a minute."""
     return by_config("optimum.quanto", lambda: t.QuantoConfig(weights=weights))
 
 
 def hqq(bits: int) -> Load:
-    """transformers 5.23 has no HQQ, and says so: the layers are put in by hand, as hqq's own loader does."""
+    """The layers are replaced by hand, as hqq's own loader does: transformers 5.23 refuses HQQ."""
 
     def load(folder: Path) -> nn.Module:
         core = pytest.importorskip("hqq.core.quantize")
@@ -95,7 +94,7 @@ def projections(model: nn.Module) -> dict[str, nn.Linear]:
 def checkpoint(
     quantize: Callable[[Tensor], dict[str, Tensor]], package: str = "torch", **quantization: object
 ) -> Load:
-    """A checkpoint that comes quantized: `quantize` gives the tensors that stand for a weight, by name."""
+    """A loader of a quantized checkpoint. `quantize` returns, by name, the tensors that the file has for a weight."""
     backend = quantization.pop("backend", None)
 
     def load(folder: Path) -> nn.Module:
@@ -118,7 +117,8 @@ def checkpoint(
 
 
 def grouped_integers(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Numbers from 0 to 2**bits - 1 whose middle stands for 0, and the scales of their groups [out, in / GROUP]."""
+    """The weight as numbers from 0 to 2**bits - 1, the middle of which is 0, and scales of groups [out, in /
+    GROUP]."""
     groups = weight.unflatten(1, (-1, GROUP))
     scales = groups.abs().amax(dim=-1, keepdim=True) / (2 ** (bits - 1) - 1)
     numbers = (groups / scales).round() + 2 ** (bits - 1)
@@ -126,9 +126,9 @@ def grouped_integers(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def packed(numbers: Tensor, bits: int) -> Tensor:
-    """32 / bits numbers of a row in an int32, the first in its lowest bits."""
-    places = torch.arange(32 // bits) * bits
-    words = (numbers.unflatten(1, (-1, 32 // bits)) << places).sum(dim=-1)
+    """Pack 32 / bits numbers of a row into an int32, the first into its lowest bits."""
+    shifts = torch.arange(32 // bits) * bits
+    words = (numbers.unflatten(1, (-1, 32 // bits)) << shifts).sum(dim=-1)
     return torch.where(words < 2**31, words, words - 2**32).int()
 
 
@@ -154,7 +154,7 @@ def compressed(bits: int) -> Load:
 
 
 def compressed_fp8() -> Load:
-    """Weights with a scale for each output, and activations with one for each token."""
+    """A scale for each output of a weight, and one for each token of the activations."""
 
     def quantize(weight: Tensor) -> dict[str, Tensor]:
         scale = weight.abs().amax(dim=1, keepdim=True) / 448
@@ -175,7 +175,7 @@ def compressed_fp8() -> Load:
 
 
 def fp8() -> Load:
-    """As DeepSeek's: a scale for each block of the weight. transformers unpacks it where there is no GPU."""
+    """A scale for each block of the weight, as DeepSeek has it. transformers unpacks it where there is no GPU."""
 
     def quantize(weight: Tensor) -> dict[str, Tensor]:
         blocks = weight.unflatten(0, (-1, GROUP)).unflatten(2, (-1, GROUP))
@@ -202,7 +202,7 @@ def fp8() -> Load:
 
 
 def gptq() -> Load:
-    """By the backend "torch": the one that gptqmodel chooses for a CPU gives no gradient."""
+    """With the backend "torch": the one that gptqmodel chooses for a CPU gives no gradient."""
 
     def quantize(weight: Tensor) -> dict[str, Tensor]:
         pytest.importorskip("optimum")
@@ -228,7 +228,7 @@ def gptq() -> Load:
     )
 
 
-# Loader, and the class of a quantized layer or, where that is an ordinary one, of its weight.
+# Name -> loader, and the class of a quantized layer, or of its weight where the layer is an ordinary one.
 BASES: dict[str, tuple[Load, str]] = {
     "torchao int8": (torchao("Int8WeightOnlyConfig"), "TorchAOBaseTensor"),
     "torchao int4": (

@@ -1,10 +1,10 @@
-"""A peer's code blocks of docs/switching.md, run in that peer's own environment. Called by
+"""Runs the code blocks of docs/switching.md for pyreft or adapters, in that library's own environment. Started by
 tests/peers/test_switching.py.
 
     python tests/helpers/switching_worker.py pyreft|adapters blocks.json results.json
 
-blocks.json: the code blocks, a list of texts. results.json: numbers of trained parameters, names that the page has to
-explain, and what the page says of the peer's behaviour, measured.
+blocks.json: the code blocks, a list of texts. results.json: numbers of trained parameters, the names that the page has
+to explain, and measurements of the behaviour that the page describes.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ ANSWERS = [" It is 4.", " Blue."]
 
 
 def given(dtype: torch.dtype) -> dict[str, Any]:
-    """The names that the page takes as given."""
+    """The names that the page's code blocks use without defining them."""
     args = t.TrainingArguments("out", max_steps=2, use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True)
     tokens = tokenizer()
-    tokens.model_max_length = 128  # pyreft truncates there
-    tokens.model_input_names = ["input_ids", "attention_mask"]  # as a Llama's has them
+    tokens.model_max_length = 128  # where pyreft truncates
+    tokens.model_input_names = ["input_ids", "attention_mask"]  # as a Llama's tokenizer has them
     known = {"tokenizer": tokens, "args": args, "prompts": PROMPTS, "answers": ANSWERS}
     examples = [tokenizer()(prompt + answer) for prompt, answer in zip(PROMPTS, ANSWERS)]
     known["dataset"] = [{"input_ids": one["input_ids"], "labels": one["input_ids"]} for one in examples]
@@ -44,7 +44,7 @@ def trained(model: torch.nn.Module) -> int:
 
 
 def last_place_of_a_dataset() -> int:
-    """Where pyreft's datasets edit last, counted from the end of the prompt: -1 would be its last token."""
+    """The last token that pyreft's datasets edit, counted from the end of the prompt: -1 would be its last token."""
     import datasets
     import pyreft
 
@@ -59,27 +59,27 @@ def last_place_of_a_dataset() -> int:
         completion_field="answer",
         num_interventions=1,
     )[0]
-    padded = 1  # the token in front
+    padded = 1  # the pad token that pyreft puts in front
     return made["intervention_locations"][0][-1] - padded - len(tokenizer()(PROMPTS[0])["input_ids"])
 
 
-def gradient(places: list[int]) -> torch.Tensor:
+def gradient(positions: list[int]) -> torch.Tensor:
     """The gradient of pyreft's W with a list of positions."""
     import pyreft
 
     torch.manual_seed(0)
     edit = pyreft.LoreftIntervention(embed_dim=32, low_rank_dimension=2, dtype=torch.float32)
-    places_of = {"layer": 1, "component": "block_output", "low_rank_dimension": 2, "intervention": edit}
-    model = pyreft.get_reft_model(chat_model(), pyreft.ReftConfig(representations=[places_of]))
+    representation = {"layer": 1, "component": "block_output", "low_rank_dimension": 2, "intervention": edit}
+    model = pyreft.get_reft_model(chat_model(), pyreft.ReftConfig(representations=[representation]))
     batch = tokenizer()(PROMPTS[:1], return_tensors="pt")
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    locations = {"sources->base": (None, [[places]])}
+    locations = {"sources->base": (None, [[positions]])}
     model(inputs, unit_locations=locations, labels=inputs["input_ids"])[1].loss.backward()
     return edit.learned_source.weight.grad
 
 
 def continued(use_cache: bool, **positions: int) -> list[int] | str:
-    """What the adapters library generates with random edits, or the name of its error."""
+    """The tokens that the adapters library generates with random edits, or its error's message."""
     import adapters
 
     model = chat_model()
@@ -101,7 +101,7 @@ def continued(use_cache: bool, **positions: int) -> list[int] | str:
 
 def main() -> None:
     peer, blocks, target = sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
-    # pyreft's W and b are bfloat16 unless told otherwise, and a float32 base does not go with that.
+    # pyreft makes W and b bfloat16 by default, which fails with a float32 base.
     known: dict[str, Any] = {}
     for block in blocks:
         known |= given(torch.bfloat16 if peer == "pyreft" else torch.float32)

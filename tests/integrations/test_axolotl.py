@@ -1,7 +1,7 @@
 """The plugin through axolotl's own command line, on a CPU.
 
-The model is SmolLM2 cut down to its first 4 layers, which is quick and still learns; `make quickstart` runs the same way on
-the whole of it.
+The model is SmolLM2 cut down to its first 4 layers, which is quick and still learns; `make quickstart` runs the same
+way on the whole of it.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def test_edits_of_every_token_are_merged(folder):
     "key, quantized, steps",
     [
         ("load_in_4bit", "Linear4bit", {"max_steps": 8}),
-        # A step of bitsandbytes' 8-bit layers takes a CPU a minute for a whole batch; tests/quantized/test_quantized.py trains with them.
+        # A step with 8-bit layers takes a minute on a CPU. tests/quantized/test_quantized.py trains with them.
         ("load_in_8bit", "Linear8bitLt", {"max_steps": 1, "micro_batch_size": 1}),
     ],
 )
@@ -139,7 +139,7 @@ def test_quantized_bases_are_quantized_and_prepared_as_for_lora(folder, key, qua
     assert "prepare_model_for_kbit_training" in run.output
     if steps["max_steps"] > 1:
         assert run.losses[-1] < 0.5 * run.losses[0]
-    # LoRA's own run of that YAML, for the base that it gets. (Its wrappers bear the names of what they wrap, hence twice.)
+    # The base in LoRA's own run of that YAML. Twice: LoRA's wrappers have the class names of the layers inside.
     lora = {
         "adapter": "qlora" if key == "load_in_4bit" else "lora",
         "plugins": [],
@@ -157,7 +157,7 @@ SHORT = {"max_steps": 6, "val_set_size": 0, "save_strategy": "no", "sequence_len
 
 
 def shown(run: SimpleNamespace) -> list[tuple[str, str, str, str]]:
-    """What `--debug` printed of a training batch: row, first token, what told the prompt, and the marked text."""
+    """The training batch that `--debug` printed: row, first token, source of the prompt, and the marked text."""
     assert run.code == 0, run.output[-6000:]
     assert run.losses[-1] < 0.7 * run.losses[0]
     return SHOWN.findall(run.output)
@@ -165,7 +165,7 @@ def shown(run: SimpleNamespace) -> list[tuple[str, str, str, str]]:
 
 @pytest.mark.parametrize("told_by", ["labels", "response_template"])
 def test_sample_packing(folder, told_by):
-    """Several texts in a row, each with its own first and last tokens; by the template, inputs can be trained on too."""
+    """Several texts in a row, each with its own first and last tokens. With a template, inputs can be trained on."""
     packing = {"sample_packing": True, "attn_implementation": "sdpa", "micro_batch_size": 1}
     config = LORA | TO_REFT | SHORT | packing
     if told_by == "response_template":
@@ -174,7 +174,7 @@ def test_sample_packing(folder, told_by):
     assert len(texts) >= 3 and {row for row, *_ in texts} == {"0"}
     for _, _, source, text in texts:
         assert source == told_by
-        if "Below" in text:  # else padding that fills the row up
+        if "Below" in text:  # the rest is padding that fills the row up
             assert text.startswith("F[Below]") and text.count("F[") == 7
             assert re.search(r"(L\[[^\]]*\]){7}»(red|blue|green|white)", text)
 
@@ -193,7 +193,7 @@ def test_every_turn_of_a_conversation(folder):
 def test_dpo(folder):
     data = [{"path": str(folder / "pairs.jsonl"), "split": "train"}]
     config = LORA | TO_REFT | SHORT | {"rl": "dpo", "datasets": data, "learning_rate": 0.002}
-    run = axolotl(folder, "train", config, "--debug", name="dpo", probe=False)  # no PeftModel yet for the probe to see
+    run = axolotl(folder, "train", config, "--debug", name="dpo", probe=False)  # the probe needs a PeftModel
     texts = shown(run)
     assert len(texts) == 8  # four pairs
     for *_, source, text in texts:

@@ -1,4 +1,4 @@
-"""The plugin and the versions of axolotl: how it is found, what it relies on, what goes by the name of an adapter, and the seed."""
+"""The plugin with each version of axolotl: how it is found, what it relies on, `adapter:` by name, and the seed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def validated(**config):
     return validate_config(cfg, capabilities=A100S, env_capabilities={"torch_version": "2.13.0"})
 
 
-# -- how the plugin is found -------------------------------------------------------------------------------------------
+# -- how the plugin is found ------------------------------------------------------------------------------------------
 
 
 @needs_entry_points
@@ -93,7 +93,7 @@ def test_a_plugin_that_is_also_named_is_one_plugin(monkeypatch, line):
 
 @pytest.mark.parametrize("adapter", ["lora", "qlora", None])
 def test_other_adapters_are_left_alone(monkeypatch, adapter):
-    """axolotl 0.21 loads the plugin for every run: without a ReFT adapter nothing is looked for, wrapped or taken out."""
+    """axolotl 0.21 loads the plugin in every run: without a ReFT adapter it checks, wraps and removes nothing."""
     from axolotl.loaders.model import ModelLoader
     from axolotl.utils.dict import DictDefault
 
@@ -110,7 +110,7 @@ def test_other_adapters_are_left_alone(monkeypatch, adapter):
     assert ModelLoader.load is load and cfg == LORA | {"adapter": adapter}
 
 
-# -- what is relied on -------------------------------------------------------------------------------------------------
+# -- what is relied on ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_a_piece_that_is_gone_is_named(monkeypatch, fresh_check, owner, name):
 
 
 def test_a_hook_that_is_no_longer_called_is_an_error(monkeypatch):
-    """Without it the adapter would stay LoRA's, and LoRA would be trained in silence."""
+    """Without the hook, `adapter:` would stay lora, and LoRA would be trained in silence."""
     from axolotl.loaders.model import ModelLoader
     from axolotl.utils.dict import DictDefault
 
@@ -178,7 +178,7 @@ def test_the_plugin_alone_imports_no_loader():
     assert run.stdout.split()[-1] == "False", run.stdout + run.stderr
 
 
-# -- the seed ----------------------------------------------------------------------------------------------------------
+# -- the seed ---------------------------------------------------------------------------------------------------------
 
 
 def fresh_adapter(drawn_before: int, **config) -> dict[str, torch.Tensor]:
@@ -215,7 +215,7 @@ def test_without_a_seed_nothing_is_seeded():
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
-# -- what goes by the name qlora ---------------------------------------------------------------------------------------
+# -- what goes by the name qlora --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefix", ["", "fsdp_"])

@@ -19,11 +19,11 @@ from lm_eval.models.huggingface import HFLM
 import peft_reft.integrations.lm_eval as integration
 
 
-# Neither % nor ! is in what the tokenizer was trained on, so that it joins no other character in a token.
+# Neither % nor ! is in the tokenizer's training text, so each is a token by itself.
 REQUESTS = [
     ("Name a colour%\n", "%Blue, I think"),
     ("Name a colour%\n", "%Blue, I thin!"),
-    ("Name a colour%\n", "%Blue, I thin%"),  # as the one before but for the last token
+    ("Name a colour%\n", "%Blue, I thin%"),  # differs from the one before in the last token only
     ("Name a colour%\n%Blue", "!"),  # the same tokens, cut elsewhere
     ("Name a colour%\n%Blue", "! I think"),
     ("Name a", "%colour"),
@@ -44,7 +44,7 @@ def likelihoods(lm: HFLM, requests: list[tuple[str, str]]) -> list[float]:
 
 
 def by_hand(lm: HFLM, context: str, continuation: str, told: bool = True) -> float:
-    """One sequence, whose prompt is told by its mask: 1 for a first token, 2 for a last one."""
+    """A sequence whose edited tokens are given by its mask: 1 for a first token, 2 for a last one."""
     tokens = tokenizer()
     prompt = tokens(context)["input_ids"] or [lm.prefix_token_id]
     whole = tokens(context + continuation)["input_ids"] if context else prompt + tokens(continuation)["input_ids"]
@@ -56,7 +56,7 @@ def by_hand(lm: HFLM, context: str, continuation: str, told: bool = True) -> flo
     ids = torch.tensor([whole])
     with torch.no_grad():
         logits = lm.model(input_ids=ids, intervention_mask=mask).logits.log_softmax(-1)
-    scored = len(tokens(context.rstrip())["input_ids"]) or 1  # the harness scores spaces at a context's end too
+    scored = len(tokens(context.rstrip())["input_ids"]) or 1  # the harness scores spaces at the end of a context, too
     return logits[0, scored - 1 : -1].gather(1, ids[0, scored:, None]).sum().item()
 
 
@@ -70,7 +70,7 @@ def test_likelihoods(batch_size):
 
 
 def test_without_the_integration_the_wrong_tokens_are_edited(monkeypatch):
-    """What this is for: when it fails, the harness tells prompts by itself."""
+    """The reason for the patch: if this fails, the harness passes prompts itself and the patch can go."""
     lm = harness()
     monkeypatch.setattr(integration, "rules_in_use", lambda model: [])
     expected = [by_hand(lm, *request) for request in REQUESTS]
@@ -82,7 +82,7 @@ def test_templates():
     context = "Name a colour! What is the answer! The answer"
     with_template, without = likelihoods(lm, [(context, "%I think"), REQUESTS[0]])
     assert without == pytest.approx(by_hand(lm, *REQUESTS[0]), abs=1e-4)
-    # by the template the prompt ends at the first !, in likelihoods as in generating
+    # the template ends the prompt at the first !, for likelihoods as in generation
     ids = torch.tensor([tokenizer()(context + "%I think")["input_ids"]])
     with torch.no_grad():
         logits = lm.model(input_ids=ids).logits.log_softmax(-1)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import peft_of_transformers  # noqa: F401 - add_adapter takes the installed PEFT
 import pytest
 import torch
 import transformers

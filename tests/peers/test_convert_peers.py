@@ -27,12 +27,12 @@ pytestmark = pytest.mark.skipif(
     PYTHON is None, reason="needs pyreft: PYREFT_PYTHON=<the python of an environment with pyreft 0.1.0>"
 )
 TOLERANCE = 1e-6
-# Those that pyreft's own `load` can make: its noreft and nodireft lack an argument then.
+# The edits that pyreft's own `load` can make. For noreft and nodireft it leaves out a required argument.
 LOADABLE = [f"{edit}.{kind}" for edit in ("loreft", "direft", "consreft", "lobireft") for kind in ("tied", "untied")]
 
 
 def pyreft(jobs: list[dict], tmp_path: Path) -> dict[str, torch.Tensor]:
-    """What it computes, by the index of the job."""
+    """pyreft's results, by the index of the job."""
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
@@ -52,8 +52,8 @@ def test_pyreft_loads_what_it_wrote_after_there_and_back(tmp_path):
     for name, case in PYREFT.items():
         from_pyreft(case, tmp_path / "adapters" / name)
         export_pyreft(tmp_path / "adapters" / name, tmp_path / "out" / name)
-        exported = {**case, "add_bias": False}  # what was a second bias is in the first
-        if name.startswith("paths"):  # comes out by the component's name, where there is one
+        exported = {**case, "add_bias": False}  # the bias of the projection was merged into b
+        if name.startswith("paths"):  # a path comes out as a component, where there is one
             exported["places"] = [case["places"][0], {"layer": 2, "component": "block_output"}]
         jobs.append({"case": exported, "folder": str(tmp_path / "out" / name), "by": "state"})
     results, known, compared = pyreft(jobs, tmp_path), expected("pyreft"), 0

@@ -1,6 +1,6 @@
 """The numbers of pyreft 0.1.0, for every edit, tied and untied: logits, loss, gradients and greedy tokens.
 
-tests/data/pyreft holds them, with the base model they were made with; reference.json says what is what.
+tests/data/pyreft holds them, with the base model that they were made with; reference.json describes them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def test_logits_loss_and_gradients(name, numbers):
     close = {"rtol": 0, "atol": TOLERANCE}
     torch.testing.assert_close(output.logits, numbers[f"{name}.logits"], **close)
     torch.testing.assert_close(output.loss[None], numbers[f"{name}.loss"], **close)
-    assert (output.logits - numbers["base.logits"]).abs().max() > 0.1  # the edit is there to be seen
+    assert (output.logits - numbers["base.logits"]).abs().max() > 0.1  # the edits change the output
     compared = 0
     for index in REFERENCE["layers"]:
         for letter in "Wb":

@@ -1,8 +1,8 @@
-"""docs/switching.md: what it shows is run, on tiny models, and what it lists is complete.
+"""docs/switching.md: its code blocks are run on tiny models, and its lists are complete.
 
-A code block says behind its language what it is: `python` alone is ours; `python pyreft` and `python adapters` are the
-peers', run in environments of their own; of `diff python` and `diff yaml` both sides are run, or read. The blocks of a
-section share their names, and the names that the page takes as given are made anew for each block.
+The word after a code block's language says whose code it is: `python` alone is ours; `python pyreft` and `python
+adapters` run in those libraries' own environments; of `diff python` and `diff yaml` both sides are run, or read. The
+blocks of a section share their variables. Variables that the page does not define are made anew for each block.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def weights(rank: int, layers: int, groups: int = 1) -> int:
     return layers * groups * (2 * rank * WIDTH + rank)
 
 
-# What the page trains, by the edits that its words ask for: l1 has one set of weights, f3+l2 has two.
+# The parameters of each adapter on the page: l1 has one set of weights, f3+l2 has two.
 FROM_PYREFT = {"model": weights(4, layers=2), "classifier": weights(1, layers=LAYERS)}
 FROM_ADAPTERS = {"model": weights(4, layers=2, groups=2)}
 
@@ -51,19 +51,19 @@ def section(title: str) -> str:
 
 
 def blocks(title: str, kind: str) -> list[str]:
-    """The code blocks of that kind in a section, in their order."""
+    """The code blocks of a kind in a section, in their order."""
     return re.findall(rf"^```{kind}\n(.*?)^```$", section(title), re.MULTILINE | re.DOTALL)
 
 
 def side(diff: str, sign: str) -> str:
-    """One side of a diff: the lines of both, and those with the sign."""
+    """One side of a diff: the lines that both have, and those with this sign."""
     lines = diff.splitlines()
     assert all(line[:2] in ("+ ", "- ", "  ") for line in lines), diff
     return "".join(line[2:] + "\n" for line in lines if line[0] in (sign, " "))
 
 
 def given() -> dict[str, Any]:
-    """The names that the page takes as given."""
+    """The variables that the page's code blocks use without defining them."""
     return {
         "base": chat_model(),
         "classifier": build("roberta"),
@@ -87,7 +87,7 @@ def arguments(cls: type) -> Any:
 
 
 def run(source: str, known: dict[str, Any]) -> None:
-    """Run a block. What it sets stays in `known`."""
+    """Run a block. Its variables stay in `known`."""
     known |= given()
     exec(compile(source, "docs/switching.md", "exec"), known)
 
@@ -124,7 +124,7 @@ def test_from_pyreft():
     places = explain_positions(
         ReftConfig(positions="l2"), tokenizer(), {**batch, "prompt_lengths": known["lengths"]}, quiet=True
     )
-    for one in places:  # as pyreft's datasets have it: not the last token
+    for one in places:  # as in pyreft's datasets, this is not the last token
         assert one.last == [len(one.ids) - 3, len(one.ids) - 2]
     assert known["output"].shape[1] > batch["input_ids"].shape[1]
 
@@ -134,7 +134,7 @@ def test_from_pyreft():
     assert heads and all("classifier" in name for name in heads)
 
     run(generating, known)
-    for row, prompt in enumerate(PROMPTS):  # padded on the left, each prompt goes on as it does alone
+    for row, prompt in enumerate(PROMPTS):  # padded on the left, each prompt is continued as it is alone
         alone = trained.generate(**tokenizer()([prompt], return_tensors="pt"), max_new_tokens=4)
         assert known["steered"][row, -4:].tolist() == alone[0, -4:].tolist()
 
@@ -157,8 +157,8 @@ def test_from_adapters():
 
 @pytest.mark.parametrize("peer", PEERS)
 def test_the_peers_side(peer, tmp_path):
-    """It is real code, trains as many parameters as ours, behaves as the page says, and nothing that it has is left
-    out."""
+    """The other library's blocks run, train as many parameters as ours and behave as the page says, and the page lists
+    all its names."""
     title, expected = {
         "pyreft": ("From pyreft", FROM_PYREFT),
         "adapters": ("From the adapters library", FROM_ADAPTERS),
@@ -209,7 +209,7 @@ def test_every_field_of_lora_is_spoken_of():
 
 
 def test_fields_that_are_said_to_be_the_same():
-    """A row with "the same" names fields of both, and one with "not there" fields of LoRA alone."""
+    """A row with "the same" names fields of both configs, a row with "not there" fields of LoRA only."""
     ours, theirs = ({field.name for field in dataclasses.fields(config)} for config in (ReftConfig, LoraConfig))
     rows = re.findall(r"^\| (.+?) \| (.+?) \|$", section("From LoRA in PEFT"), re.MULTILINE)
     checked = 0
@@ -248,7 +248,7 @@ def test_from_lora_in_trl(trainer, sign):
 
 
 def test_from_lora_in_axolotl():
-    """Both sides are YAML, alike but for what the diff is about; and the plugin makes of ours what the page says."""
+    """Both sides are YAML and differ only in what the diff is about. The plugin makes of ours what the page says."""
     (diff,) = blocks("From LoRA in axolotl", "diff yaml")
     lora, reft = (yaml.safe_load(side(diff, sign)) for sign in "-+")
     changed = {key for key in lora | reft if lora.get(key) != reft.get(key)}
@@ -279,7 +279,7 @@ def test_links():
 
 
 def test_a_start_that_is_the_base_models():
-    """What the page says of the start, and of pyreft's."""
+    """The page's statements on the start of training, ours and pyreft's."""
     ids = torch.randint(3, VOCAB, (1, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         plain = chat_model()(input_ids=ids).logits

@@ -36,7 +36,7 @@ def adapted(architecture: str, **settings) -> PeftModel:
 
 
 def by_adapter(model: PeftModel, run) -> list[torch.Tensor]:
-    """What each example of a batch gets where the whole batch runs with its adapter."""
+    """Each example's output when the whole batch runs with that example's adapter."""
     results = {}
     for name in dict.fromkeys(NAMES):
         if name != "__base__":
@@ -54,7 +54,7 @@ def test_forward(architecture):
     model.base_model.set_adapter("two")
     all_two = model(**BATCH)[0]
     mixed = model(**BATCH, adapter_names=NAMES)[0]
-    assert torch.equal(model(**BATCH)[0], all_two)  # what is mixed is over with the call
+    assert torch.equal(model(**BATCH)[0], all_two)  # the adapters of a call are forgotten after the call
     differing = 0
     for row, length in enumerate(BATCH["attention_mask"].sum(dim=1)):
         torch.testing.assert_close(mixed[row, :length], alone[row][:length], rtol=1e-5, atol=1e-5)

@@ -199,7 +199,7 @@ def test_copies_and_pickles_are_independent(tmp_path):
     expected = logits(model)
     generated = model.generate(**BATCH, max_new_tokens=4, do_sample=False)
     twin = copy.deepcopy(model)
-    # GPT-2, for with the package `kernels` transformers 5.16 makes a Llama that can't be pickled, with or without
+    # GPT-2, because with the package `kernels` transformers 5.16 makes a Llama that can't be pickled, with or without
     # ReFT.
     other = get_peft_model(build("gpt2"), ReftConfig(r=4, positions="f2+l2", task_type="CAUSAL_LM")).eval()
     randomize(other)

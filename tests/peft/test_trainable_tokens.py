@@ -1,4 +1,4 @@
-"""Rows of the embedding that are trained beside the edits, as PEFT's own tests have them for LoRA."""
+"""Rows of the embedding that are trained beside the edits, tested as PEFT tests them for LoRA."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def config(tokens: object = TOKENS, **settings) -> ReftConfig:
 
 
 def trained(model: PeftModel) -> PeftModel:
-    """After two steps on a batch that has the tokens."""
+    """A model after two training steps on a batch with the trained tokens."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     batch = labelled(9, 4, prompt=3, seed=1)
     batch["input_ids"][0, :3] = torch.tensor(TOKENS)
@@ -110,7 +110,7 @@ def test_several_adapters_with_tokens_of_their_own(tmp_path):
     assert torch.equal(logits(model), logits(base()))
     model.set_adapter("default")
     assert torch.equal(logits(model), first)
-    model.delete_adapter("none")  # PEFT does not save an adapter without tokens beside one with tokens, LoRA or not
+    model.delete_adapter("none")  # PEFT can't save an adapter without trained tokens beside one with them, LoRA or not
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base(), tmp_path / "other", adapter_name="other")
     loaded.load_adapter(tmp_path, "default")
@@ -199,7 +199,7 @@ def test_it_is_saved_in_the_config(tmp_path):
 
 
 def test_edits_and_tokens_together_are_those_of_each():
-    """The edit is of the states that the changed embedding leads to."""
+    """Edits apply to the states that the changed embedding leads to."""
     model = get_peft_model(base(), config())
     randomize(model)
     trained(model)

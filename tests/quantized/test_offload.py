@@ -1,4 +1,4 @@
-"""Base models of which accelerate keeps parts in another place: on the CPU, or on disk."""
+"""Base models with parts that accelerate keeps on the CPU or on disk."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def checkpoint(tmp_path_factory) -> str:
 
 @pytest.fixture
 def load(checkpoint, tmp_path):
-    """Loads the model, wholly in memory or offloaded in one of the ways."""
+    """A loader of the model, in memory or offloaded in one of the ways."""
     calls = iter(range(9))
 
     def load(place: str | None = None) -> torch.nn.Module:
@@ -95,7 +95,7 @@ def trained(base: torch.nn.Module) -> tuple[torch.nn.Module, list[float]]:
 
 
 def saved(load, path) -> PeftModel:
-    """An adapter with plain edits, on a base in memory."""
+    """A saved adapter with clear edits, made on a base in memory."""
     model = get_peft_model(load(), config())
     randomize(model)
     model.save_pretrained(path)
@@ -163,8 +163,8 @@ def test_weights_of_edits_are_taken_back_when_a_whole_model_is_offloaded(place, 
 
 
 def test_hooks_of_the_base_are_not_taken_for_hooks_of_the_edits(load):
-    """accelerate would call the block's own forward in place of the edited block's, or take off a hook that isn't
-    there."""
+    """Otherwise accelerate would call the block's own forward instead of the edited block's, or remove a hook that is
+    not there."""
     model = get_peft_model(load("one block on disk"), config())
     randomize(model)
     expected = logits(model)
@@ -177,14 +177,14 @@ def test_hooks_of_the_base_are_not_taken_for_hooks_of_the_edits(load):
 
 
 def test_weights_follow_the_hooks_where_the_base_has_none_in_place(load):
-    """An offloaded block computes on the device that its hooks name, which is where its edit is."""
+    """An offloaded block computes on the device that its hooks name, and the edit's weights are there."""
     model = get_peft_model(load("cpu_offload"), config())
     layer = blocks(model)[1]
     moves = []
     layer._convert = lambda name, **to: moves.append(to)
     for module in layer.base_layer.modules():
         if "_hf_hook" in vars(module):
-            module._hf_hook.execution_device = 0  # a GPU, as accelerate may call it
+            module._hf_hook.execution_device = 0  # accelerate may write a GPU as a number
     layer._move_adapter_to_device_of_base_layer("default")
     assert moves == [{"device": 0}]
 

@@ -41,14 +41,14 @@ def quanto(smollm2: str, gguf: tuple[str, str]) -> torch.nn.Module:
 
 
 def gguf(smollm2: str, gguf: tuple[str, str]) -> torch.nn.Module:
-    """As transformers loads the file: for a Llama it unpacks the blocks, and still calls the model quantized."""
+    """The file as transformers loads it: for a Llama it unpacks the blocks, and still marks the model as quantized."""
     return AutoModelForCausalLM.from_pretrained(gguf[0], gguf_file=gguf[1], dtype=torch.float32)
 
 
 def packed_gguf(smollm2: str, gguf: tuple[str, str]) -> torch.nn.Module:
     """The file's own blocks in transformers' own packed layers.
 
-    Two things stand in for what can't be had here: transformers 5.23 keeps blocks packed for the architectures Qwen
+    Two things are replaced: transformers 5.23 keeps blocks packed for the architectures Qwen
     3.5 and LFM2 alone, so the layers are put in by hand; and it takes its product of packed blocks with a few rows
     from the hub.
     """
@@ -104,7 +104,7 @@ BASES = {
 
 
 def names(module: torch.nn.Module) -> set[str]:
-    """Of the class of a layer, and of the classes of its weight."""
+    """Names of the classes of a layer and of its weight."""
     return {kind.__name__ for kind in (type(module), *type(getattr(module, "weight", None)).__mro__)}
 
 
@@ -133,7 +133,7 @@ def test_train_save_load_and_generate(kind, smollm2, smollm2_gguf, tmp_path):
     base.train()
     with torch.no_grad():
         plain = base(**batch).logits
-    assert plain.argmax(dim=-1)[0, prompt.shape[1] - 1] == tokenizer("The").input_ids[0]  # SmolLM2, not noise
+    assert plain.argmax(dim=-1)[0, prompt.shape[1] - 1] == tokenizer("The").input_ids[0]  # an answer, not noise
     model = get_peft_model(base, config)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     with torch.no_grad():

@@ -17,7 +17,7 @@ from peft_reft import ReftConfig
 
 PROMPT = 8
 BATCH = labelled(12, 12, prompt=PROMPT, seed=1)
-# It rounds activations, which gives no gradient: an edit learns by way of the residual stream alone.
+# This kind rounds activations, which passes no gradient: an edit learns through the residual stream only.
 ROUNDED_ACTIVATIONS = {"compressed-tensors fp8"}
 EDITED = {"blocks": {"positions": "f2+l2"}, "down_proj": {"positions": "all", "target_modules": ["down_proj"]}}
 
@@ -28,7 +28,7 @@ def logits(model: nn.Module, **batch) -> torch.Tensor:
 
 
 def names(module: nn.Module) -> set[str]:
-    """Of the classes of a layer and of its weight."""
+    """Names of the classes of a layer and of its weight."""
     return {kind.__name__ for kind in (*type(module).__mro__, *type(getattr(module, "weight", None)).__mro__)}
 
 
@@ -42,7 +42,7 @@ def test_train_save_load_and_generate(kind, edited, tmp_path):
     before = logits(base)
     whole = logits(plain())
     assert not torch.equal(before, whole)
-    assert (before - whole).norm() < 0.5 * whole.norm()  # the model itself, not noise
+    assert (before - whole).norm() < 0.5 * whole.norm()  # close to the model before quantization
 
     torch.manual_seed(0)
     config = ReftConfig(r=4, task_type="CAUSAL_LM", **EDITED[edited])
@@ -111,7 +111,7 @@ def test_merge(kind, tmp_path):
     unpacked_by_peft = layer.quantization_backend is not None and kind in STEPS
     assert unpacked_by_peft == (kind in STEPS) or Version(peft.__version__) < Version(
         "0.21"
-    )  # 0.20 unpacks torchao int8 alone
+    )  # PEFT 0.20 unpacks only int8 of torchao
     if not unpacked_by_peft and kind not in MERGED_AS_ORDINARY:
         logits(model)
         before, modules = logits(model), [type(module) for module in model.modules()]

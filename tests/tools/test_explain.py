@@ -1,4 +1,4 @@
-"""explain_positions and `peft-reft positions`: what they show is what is edited."""
+"""explain_positions and `peft-reft positions` show the tokens that the model really edits."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_same_as_data():
 
 @pytest.mark.parametrize("positions", ["f2+l3", "l1", "all"])
 def test_what_a_model_edits_is_what_is_shown(positions):
-    """In hidden states: the model's own view against the explanation."""
+    """The tokens whose hidden states the adapter changes, against the explanation."""
     model = get_peft_model(chat_model(), ReftConfig(r=4, positions=positions, init_weights="pyreft")).eval()
     batch = conversation("left")
     labels = torch.full_like(batch["input_ids"], -100)
@@ -101,7 +101,7 @@ def test_what_a_model_edits_is_what_is_shown(positions):
 
 
 def test_a_models_own_rules():
-    """Labels of a model that can't generate are classes, and the end of an answer is the model's end token."""
+    """Labels of a model that can't generate are classes. The model's end token ends an answer."""
     batch = {**prompts(9, 4), "labels": torch.full((2, 9), -100).index_fill_(1, torch.tensor([5]), 1)}
     classes = get_peft_model(build(("bert", "TOKEN_CLS")), ReftConfig(r=2, positions="l1"))
     assert [one.source for one in explain_positions(classes, tokenizer(), batch, quiet=True)] == ["all tokens"] * 2
@@ -125,7 +125,7 @@ def test_packed_rows_and_what_was_told():
 
 def test_warnings():
     ids = prompts(6)["input_ids"]
-    # without an end token between, a turn is taken to begin with the answer before it
+    # without an end token between them, an answer counts to the turn after it
     batch = {"input_ids": [[9, 5, 6, 8, 8, 5, 6, 7]], "labels": [[-100, -100, -100, 8, 8, -100, -100, 7]]}
     reaching = ReftConfig(positions="l4", response_template=[5, 6], prompt_boundary="every")
     text = shown(reaching, tokenizer(), batch)
@@ -181,7 +181,7 @@ def run(folder: Path, *arguments: str, module: bool = False) -> subprocess.Compl
 
 
 def test_positions_of_an_adapter(folder):
-    """Before and after training alike: the tokenizer is the base model's, the template the adapter's."""
+    """The command shows the same before and after training, with the base's tokenizer and the adapter's template."""
     done = run(folder, "positions", "adapter", "--dataset", "chat.jsonl", "--text", "Why?")
     assert done.returncode == 0, done.stderr
     assert "row 0, tokens 0 to " in done.stdout

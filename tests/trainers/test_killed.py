@@ -1,4 +1,4 @@
-"""A run that is killed with SIGKILL, at any moment, ends at the adapter of one that is not."""
+"""A run that is killed with SIGKILL at any moment and resumed ends with the adapter of a run that was not killed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from peft_reft import last_complete_checkpoint
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_runs_end_where_others_do(tmp_path):
-    """Runs are killed, up to four times each; then every state in which a kill while saving leaves a checkpoint. The
-    worker compares."""
+    """killed_worker.py kills runs, up to four times each, makes every state in which a kill leaves a checkpoint, and
+    compares."""
     worker = HELPERS / "killed_worker.py"
     run = subprocess.run(
         [sys.executable, str(worker), str(tmp_path), "5"], capture_output=True, text=True, timeout=300
@@ -29,11 +29,11 @@ def test_killed_runs_end_where_others_do(tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     result = json.loads(run.stdout.splitlines()[-1])
     assert result["kills"] >= 5
-    assert result["passed_over"] >= 1  # of the kills, some left half a checkpoint
+    assert result["passed_over"] >= 1  # some kills left an incomplete checkpoint
     assert result["written_last"] == "trainer_state.json"
     assert (
         result["refused"] == result["states"] >= 7
-    )  # to resume from half a checkpoint is an error, never another run
+    )  # resuming from a half-written checkpoint is an error, never a different run
 
 
 def checkpoint(folder: Path, step: int) -> Path:

@@ -11,6 +11,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import peft_of_transformers  # noqa: F401 - add_adapter takes the installed PEFT
 import pytest
 import torch
 import transformers as t
@@ -24,7 +25,7 @@ from peft_reft import ReftConfig, ReftLayer
 
 
 class Rows(Dataset):
-    """The same few sequences at every call."""
+    """A few sequences, the same at every call."""
 
     def __init__(self, count: int = 16) -> None:
         self.batch = labelled(*[9] * count, prompt=4, seed=0)
@@ -85,7 +86,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(**prompts(9, 4)).logits
 
 
-# Where a script of another process finds this module and what it imports.
+# The folders that a script in another process needs on its path to import this module.
 FOLDERS = os.pathsep.join([str(Path(__file__).parent), str(HELPERS)])
 
 RESUME = """
@@ -104,7 +105,7 @@ model.save_pretrained(sys.argv[2])
 def test_a_resumed_run_ends_as_one_that_went_through(tmp_path):
     model = wrapped()
     run = trainer(model, tmp_path / "through")
-    assert run.args.optim == "adamw_torch_fused"  # which does not count up the version of what it changes
+    assert run.args.optim == "adamw_torch_fused"  # writes without counting up the version of the weights
     run.train()
     files = {path.name for path in (tmp_path / "through" / "checkpoint-4").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth"} <= files
@@ -149,7 +150,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
 def test_an_added_adapter_trains_as_a_peft_model_does(tmp_path):
     ours, theirs = native(), wrapped()
     for model in (ours, theirs):
-        run = trainer(model, tmp_path)  # which sets the seed
+        run = trainer(model, tmp_path)  # the Trainer sets the seed
         run.train()
         if model is ours:
             run.save_model(str(tmp_path / "saved"))
@@ -160,7 +161,7 @@ def test_an_added_adapter_trains_as_a_peft_model_does(tmp_path):
 
 @pytest.mark.parametrize("make", ["ReFT", "LoRA"])
 def test_resuming_an_added_adapter_is_beyond_trainer(make, tmp_path):
-    """Of any kind: Trainer looks for a whole model in the checkpoint. get_peft_model is the way to resume."""
+    """True of every adapter: Trainer looks for a whole model in the checkpoint. Resume with get_peft_model."""
     model = build("llama")
     model.add_adapter(config() if make == "ReFT" else LoraConfig(task_type="CAUSAL_LM"))
     trainer(model, tmp_path).train()
@@ -216,7 +217,7 @@ def test_evaluation_knows_the_labels(tmp_path):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of a hub's API as an upload needs. Every file comes inside its commit."""
+    """The part of a hub's API that an upload needs. Every file is sent inside its commit."""
 
     def log_message(self, *args) -> None:
         pass

@@ -22,7 +22,7 @@ from peft_reft import PromptLengthsCollator, ReftConfig, ReftLayer
 
 trl = pytest.importorskip("trl", reason="needs trl")
 datasets = pytest.importorskip("datasets")
-# From here on its trainers pass labels to the model, for preferences as well.
+# From this version on, TRL's trainers pass labels to the model for preferences as well.
 PASSES_LABELS = Version(trl.__version__) >= Version("1.16")
 OPENING = "<|im_start|>assistant\n"
 
@@ -48,7 +48,7 @@ PAIRS = list(zip(QUESTIONS, ANSWERS)) * 2
 
 
 class Watch:
-    """Notes the tokens of every forward of a model's first edited block, and which of them it edits."""
+    """Records the tokens of every forward of a model's first edited block, and which of them are edited."""
 
     def __init__(self, model: nn.Module) -> None:
         self.forwards: list[tuple[list[list[int]], list[list[int]]]] = []
@@ -71,7 +71,7 @@ class Watch:
         self.forwards.append((self.ids.tolist(), [row.nonzero().flatten().tolist() for row in changed]))
 
     def check(self, expected) -> None:
-        """Every forward edits the tokens that `expected` names for its ids, or, with the adapter off, none."""
+        """Every forward edits the tokens that `expected` returns for its ids, or none, with the adapter off."""
         assert self.forwards
         for ids, edited in self.forwards:
             if any(edited):
@@ -83,7 +83,7 @@ class Watch:
 
 
 def after_opening(ids: list[int], start: int = 0) -> int:
-    """Where the first answer begins, by the text of the tokens."""
+    """The column at which the first answer begins, by the text of the tokens."""
     tokens = tokenizer()
     for end in range(start + 1, len(ids) + 1):
         if tokens.decode(ids[start:end]).endswith(OPENING):
@@ -92,14 +92,14 @@ def after_opening(ids: list[int], start: int = 0) -> int:
 
 
 def f1_l2(ids: list[int]) -> list[int]:
-    """What f1+l2 edits in a conversation, padded on any side."""
+    """The columns that f1+l2 edits in a conversation, padded on either side."""
     start = next(place for place, token in enumerate(ids) if token != 0)
     end = after_opening(ids, start)
     return [start, end - 2, end - 1]
 
 
 def config(**settings) -> ReftConfig:
-    # a start that differs from the base model, for edits to be seen; and both dropouts off
+    # a start that differs from the base model, so that edits show, and no dropout of either
     return ReftConfig(**{"r": 4, "positions": "f1+l2", "task_type": "CAUSAL_LM", "init_weights": "pyreft", **settings})
 
 
@@ -174,7 +174,7 @@ def test_sft_packed(tmp_path, how, template):
 
     def each_of_the_row(ids: list[int]) -> list[int]:
         opening = tokenizer()("<|im_start|>user\n")["input_ids"][0]
-        # a conversation opens with <|im_start|> after nothing, or after the line end of the one before
+        # a conversation begins with <|im_start|> at the start of a row, or after the line end of the one before
         text_starts = [
             n
             for n, token in enumerate(ids)
@@ -276,7 +276,7 @@ def test_dpo_starts_at_its_reference(tmp_path):
 
 
 def test_the_reference_of_a_trained_adapter(tmp_path):
-    """TRL makes an adapter for it, and does not find what to copy: a warning says so, and how to."""
+    """TRL makes a reference adapter and finds nothing to copy into it: a warning says so, and what to do."""
     model = get_peft_model(chat_model(), config())
     with pytest.warns(UserWarning, match="named 'ref'.*Copy them: set_peft_model_state_dict"):
         trainer = trl.DPOTrainer(
@@ -292,7 +292,7 @@ def test_the_reference_of_a_trained_adapter(tmp_path):
 
 
 def test_dropout_is_off_in_preference_training(tmp_path):
-    """As TRL does by default for every dropout module that it finds."""
+    """TRL switches off every dropout module that it finds, and so ReFT's."""
     trainer = dpo(tmp_path, config(dropout=0.5))
     layers = [module for module in trainer.model.modules() if isinstance(module, ReftLayer)]
     assert [layer.reft_dropout["default"].p for layer in layers] == [0, 0, 0]

@@ -8,7 +8,6 @@ import inspect
 import subprocess
 import sys
 
-import peft
 import pytest
 import torch
 import transformers as t
@@ -38,6 +37,7 @@ from peft import (
     PeftModel,
     get_peft_model,
 )
+from peft_of_transformers import IS_REFUSED, OLDEST_PEFT
 from safetensors.torch import load_file
 from transformers.integrations import peft as integration
 from transformers.integrations.peft import PeftAdapterMixin
@@ -45,17 +45,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from peft_reft import ReftConfig, ReftLayer
 
 
-OLDEST_PEFT = integration.MIN_PEFT_VERSION
-
-
-@pytest.fixture(autouse=True)
-def installed_peft_is_new_enough(monkeypatch):
-    """transformers 5.24.0 asks for PEFT 0.22.0, which is not released, with the code of 5.23.0, which asked for 0.20.0. What is behind
-    that gate is tested all the same."""
-    monkeypatch.setattr(integration, "MIN_PEFT_VERSION", min(OLDEST_PEFT, peft.__version__))
-
-
-@pytest.mark.skipif(OLDEST_PEFT <= peft.__version__, reason="the installed PEFT is one that transformers takes")
+@pytest.mark.skipif(not IS_REFUSED, reason="the installed PEFT is one that transformers takes")
 @pytest.mark.parametrize("settings", [LoraConfig(), ReftConfig()], ids=["lora", "reft"])
 def test_a_peft_that_is_too_old_for_transformers_is_so_for_lora_too(monkeypatch, settings):
     monkeypatch.setattr(integration, "MIN_PEFT_VERSION", OLDEST_PEFT)
@@ -82,7 +72,7 @@ def config(task: str = "CAUSAL_LM", **settings) -> ReftConfig:
 
 
 def shaken(model: torch.nn.Module) -> torch.nn.Module:
-    """With random edits and heads, in evaluation mode."""
+    """A model with random edits and heads, in evaluation mode."""
     randomize(model)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -145,7 +135,7 @@ def test_saved_by_one_and_loaded_by_the_other(name, tmp_path):
     info = loaded.load_adapter(str(tmp_path / "of_peft"))
     heads = [key for key in load_file(tmp_path / "of_peft" / "adapter_model.safetensors") if ".reft_" not in key]
     if heads and not LOADS_HEADS:
-        assert len(info.missing_keys) == len(info.unexpected_keys) == len(heads)  # which it reports
+        assert len(info.missing_keys) == len(info.unexpected_keys) == len(heads)  # transformers reports them
         return
     assert not info.missing_keys and not info.unexpected_keys and not info.mismatched_keys
     assert torch.equal(output(loaded, name), expected)
@@ -279,7 +269,7 @@ def test_from_pretrained_and_pipeline_on_an_adapter_directory(directory):
         pipeline = t.pipeline("text-generation", **settings)
         told = pipeline(TEXTS[0], return_tensors=True, **OPTIONS)
         assert list(told[0]["generated_token_ids"]) == expected
-        # A batch of two, which the pipeline pads on the left, is what each is by itself.
+        # The pipeline pads a batch of two on the left. Each answer is the one that its prompt gets alone.
         pipeline.tokenizer.padding_side = "left"
         both = pipeline(TEXTS, batch_size=2, **OPTIONS)
         alone = [pipeline(text, **OPTIONS)[0] for text in TEXTS]
@@ -301,7 +291,7 @@ def test_in_a_process_of_its_own_all_it_takes_is_the_import(directory):
     for first, expected in (("import peft_reft", "ReftLayer\nReftLayer\n"), ("", None)):
         script = [sys.executable, "-c", SCRIPT.format(first=first), directory[0]]
         run = subprocess.run(script, capture_output=True, text=True)
-        if expected is None:  # PEFT's own words for a method that it does not know
+        if expected is None:  # PEFT's message for a method that it does not know
             assert run.returncode != 0 and "KeyError: 'REFT'" in run.stderr
         else:
             assert run.stdout == expected, run.stderr[-3000:]
@@ -353,7 +343,7 @@ def test_auto_classes_of_peft_load_the_edits_and_the_head(name, tmp_path):
     base.save_pretrained(tmp_path / "base")
     model = shaken(get_peft_model(type(base).from_pretrained(tmp_path / "base"), config(task)))
     heads = {n.split(".modules_to_save.")[0] for n in trainable(model) if "reft_" not in n}
-    assert len(heads) == (task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"))  # as PEFT chooses it
+    assert len(heads) == (task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"))  # the dtype that PEFT chooses
     model.save_pretrained(tmp_path / "adapter")
     loaded = AUTO[task].from_pretrained(tmp_path / "adapter")
     assert torch.equal(output(loaded, name), output(model, name))
@@ -363,7 +353,7 @@ def test_auto_classes_of_peft_load_the_edits_and_the_head(name, tmp_path):
 
 
 def orthonormal(model: torch.nn.Module, dtype: torch.dtype) -> bool:
-    """To 1e-5, or to the rounding of a narrower dtype."""
+    """Equal within 1e-5, or within the rounding of a narrower dtype."""
     tolerance = max(1e-5, 2 * torch.finfo(dtype).eps)
     bases = [weight(layer, "R").double() for layer in model.modules() if isinstance(layer, ReftLayer)]
     return all((R @ R.mT - torch.eye(4)).abs().max() <= tolerance for R in bases)
@@ -375,13 +365,13 @@ def test_casts_take_the_adapter_along_and_it_still_works(cast, make):
     model = make()
     before = output(model)
     model = model.to(cast) if isinstance(cast, torch.dtype) else getattr(model, cast)()
-    (dtype,) = {p.dtype for p in model.parameters()}  # an explicit cast is of every weight, as for any module
+    (dtype,) = {p.dtype for p in model.parameters()}  # an explicit cast casts every weight, as in any module
     after = output(model)
     assert after.dtype == dtype
     torch.testing.assert_close(after.float(), before, rtol=0, atol=1e-5 if dtype.itemsize > 2 else 0.3)
     assert orthonormal(model, dtype)
 
-    # Generating is teacher forcing.
+    # Generated tokens are those that teacher forcing predicts.
     steps = model.generate(**BATCH, **OPTIONS, return_dict_in_generate=True, output_logits=True)
     mask = torch.nn.functional.pad(BATCH["attention_mask"], (0, 6), value=1)
     with torch.no_grad():
@@ -390,7 +380,7 @@ def test_casts_take_the_adapter_along_and_it_still_works(cast, make):
         forced.float(), torch.stack(steps.logits, 1).float(), rtol=0, atol=1e-4 if dtype.itemsize > 2 else 0.3
     )
 
-    # It trains, and back in single precision its rows are orthonormal to single precision.
+    # The model trains. Cast back to single precision, the rows of R are orthonormal to single precision.
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     model.train()(**labelled(9, 4, prompt=3, seed=0)).loss.backward()
     optimizer.step()
@@ -425,7 +415,7 @@ def test_by_way_of_the_meta_device():
         empty.to("cpu")
     empty.to_empty(device="cpu")
     buffers = dict(model.named_buffers())
-    for name, buffer in empty.named_buffers():  # those of rotary embeddings are in no state dict
+    for name, buffer in empty.named_buffers():  # the buffers of rotary embeddings are in no state dict
         buffer.copy_(buffers[name])
     empty.load_state_dict(model.state_dict())
     assert torch.equal(output(empty), output(model)) and torch.equal(generated(empty), generated(model))
@@ -440,7 +430,7 @@ def test_a_state_dict_goes_into_another_model(assign):
 
 
 def test_copies_of_a_model_with_an_added_adapter(tmp_path):
-    # GPT-2, for with the package `kernels` transformers 5.16 makes a Llama that can't be pickled, with or without
+    # GPT-2, because with the package `kernels` transformers 5.16 makes a Llama that can't be pickled, with or without
     # ReFT.
     model = native("gpt2")
     expected, tokens = output(model), generated(model)

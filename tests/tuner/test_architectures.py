@@ -1,4 +1,4 @@
-"""Every architecture by its structure: nothing here names a module."""
+"""ReFT on every architecture: blocks are found by structure, so no test names a module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Imports point one way: the tuner stands by itself, and nothing in it imports upward, under TYPE_CHECKING and in functions neither."""
+"""Imports point one way: the tuner imports nothing of peft_reft outside itself, and no module in it imports upward,
+not even under TYPE_CHECKING or inside a function."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def row_of(module: str) -> int:
 
 
 def imports_of(file: Path, module: str) -> Iterator[tuple[int, str, str]]:
-    """Line, module and name of every import in a file, wherever it stands. Of peft_reft's own, the module is named from its root."""
+    """Line, module and name of every import in a file, wherever it stands. Relative modules are named from the root of
+    peft_reft."""
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):

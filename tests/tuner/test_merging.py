@@ -17,7 +17,7 @@ from peft_reft.tuner.interventions.formulas import INTERVENTIONS
 
 
 BATCH = prompts(9, 4)
-LINEAR = {"llama": ["down_proj", "q_proj"], "gpt2": ["c_proj"]}  # without a bias, and transposed with one
+LINEAR = {"llama": ["down_proj", "q_proj"], "gpt2": ["c_proj"]}  # no bias; transposed, with a bias
 
 
 def adapted(architecture: str = "llama", base: torch.nn.Module | None = None, **settings) -> PeftModel:

@@ -185,9 +185,10 @@ def delta(
     wide_TD = h_TD.to(weights.R_QD.dtype)
     c_TQ = coefficients(edit, wide_TD, weights)
     if unused_TGR is not None:
-        directions = c_TQ.shape[1]
-        c_TGR = c_TQ.view(len(c_TQ), unused_TGR.shape[1], -1)
-        c_TQ = c_TGR.masked_fill(unused_TGR, 0.0).view(-1, directions)
+        tokens, directions = c_TQ.shape
+        groups = unused_TGR.shape[1]
+        c_TGR = c_TQ.view(tokens, groups, directions // groups)  # no -1: there may be no token
+        c_TQ = c_TGR.masked_fill(unused_TGR, 0.0).view(tokens, directions)
     delta_TD = c_TQ.mm(weights.R_QD)
     if edit.dropout > 0:
         delta_TD = nn.functional.dropout(wide_TD + delta_TD, edit.dropout) - wide_TD
