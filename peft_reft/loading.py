@@ -391,8 +391,9 @@ def _error(R_GRD: Tensor) -> float:
 
 
 def _here(tensor: Tensor) -> bool:
-    """Whether the values can be read: not those of a placeholder, nor of a tensor that processes share out."""
-    return not tensor.is_meta and type(tensor) in (Tensor, nn.Parameter)
+    """Whether the values can be read: not those of a placeholder (meta, or ZeRO-3's empty ones), nor of a tensor that processes
+    share out."""
+    return not tensor.is_meta and tensor.numel() > 0 and type(tensor) in (Tensor, nn.Parameter)
 
 
 def _examples(tensors: Iterable[str]) -> str:
