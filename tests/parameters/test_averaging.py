@@ -277,6 +277,19 @@ def test_the_tensors_of_the_caller_are_not_written_to(averaged):
     assert all(torch.equal(tensor, before[name]) for name, tensor in given.items())
 
 
+def test_placeholders_are_passed_over():
+    """As DeepSpeed's ZeRO-3 has them in a model and in its own checkpoints: empty, with the shape noted beside."""
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "reft_" in name:
+            parameter.ds_shape = parameter.shape
+            parameter.data = torch.empty(0)
+    placeholders = {name: torch.empty(0) for name, _ in model.named_parameters() if "reft_" in name}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(placeholders, strict=False)
+
+
 def test_adapters_that_started_apart_average(tmp_path):
     """Their R have little in common, but the mean of two R, each orthogonal to the other, is far from losing rank."""
     states = []

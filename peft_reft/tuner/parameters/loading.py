@@ -435,8 +435,9 @@ def _orthonormality_error(R_GRD: Tensor) -> float:
 
 
 def _is_readable(tensor: Tensor) -> bool:
-    """Whether this process can read the values: they are not those of a placeholder, nor sharded over processes."""
-    return not tensor.is_meta and type(tensor) in (Tensor, nn.Parameter)
+    """Whether this process can read the values: they are not those of a placeholder (on the meta device, or empty, as
+    ZeRO-3's are), nor sharded over processes."""
+    return not tensor.is_meta and tensor.numel() > 0 and type(tensor) in (Tensor, nn.Parameter)
 
 
 def _examples(tensors: Iterable[str]) -> str:
