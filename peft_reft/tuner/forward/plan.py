@@ -45,6 +45,7 @@ class CallState(threading.local):
     def clear(self) -> None:
         """Reset what belongs to a forward, when the forward is over."""
         self.jobs = self.recomputed = self.given = self.in_use = None
+        self.active = {}
         self.skipped = self.saving = False
 
 
