@@ -145,7 +145,7 @@ def test_a_piece_that_is_gone_is_named(monkeypatch, fresh_check, owner, name):
     with pytest.raises(RuntimeError) as error:
         ReftPlugin().register(DictDefault(LORA | {"adapter": "loreft"}))
     assert f"relies on {owner}.{name}, and axolotl {version('axolotl')} does not have it" in str(error.value)
-    assert "known to work: 0.19.0, 0.21.0" in str(error.value)
+    assert "known to work in 0.19.0, 0.21.0" in str(error.value)
 
 
 def test_a_hook_that_is_no_longer_called_is_an_error(monkeypatch):
