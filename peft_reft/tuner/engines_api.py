@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import functools
 import sys
-from types import FunctionType
 from typing import Any
 
 from torch import nn
 
-from .versions import gone
+from .versions import gone, require_names
 
 
 try:
@@ -39,9 +38,9 @@ def check_accelerate() -> None:
     Raises:
         RuntimeError: naming the piece that the installed accelerate lacks, and the versions known to work.
     """
-    _require_names("accelerate", add_hook_to_module, HOOK)
-    _require_names("accelerate", AlignDevicesHook.__init__, "execution_device")
-    _require_names("accelerate", AcceleratorState.__init__, "_shared_state", PARALLELISM)
+    require_names("accelerate", add_hook_to_module, HOOK)
+    require_names("accelerate", AlignDevicesHook.__init__, "execution_device")
+    require_names("accelerate", AcceleratorState.__init__, "_shared_state", PARALLELISM)
     for name in ("cp_enabled", "sp_enabled"):
         if not hasattr(ParallelismConfig, name):
             raise RuntimeError(gone("accelerate", f"ParallelismConfig.{name}"))
@@ -56,16 +55,7 @@ def check_deepspeed() -> None:
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
-    _require_names("deepspeed", safe_get_full_fp32_param, ZERO_3, ZERO_2)
-
-
-def _require_names(library: str, function: Any, *names: str) -> None:
-    """Raise a RuntimeError unless the code of a library's function mentions these names."""
-    assert isinstance(function, FunctionType)
-    code = function.__code__
-    for name in names:
-        if name not in code.co_names and name not in code.co_consts:
-            raise RuntimeError(gone(library, f"the name {name!r} in {function.__qualname__}"))
+    require_names("deepspeed", safe_get_full_fp32_param, ZERO_3, ZERO_2)
 
 
 def has_hook(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 
-from .versions import gone, require
+from .versions import gone, require, require_names
 
 
 try:
@@ -90,7 +90,8 @@ OVERRIDDEN = {
 }
 # PEFT calls these from 0.21 on. PEFT 0.20 finds an adapter's tensors by their names alone and loads them unchecked.
 SINCE_0_21 = ("_get_adapter_state_dict", "_remap_adapter_state_dict_for_load")
-# No base class of PEFT declares this method: PeftModel calls it on the tuner where a call has adapter_names.
+# No base class of PEFT declares this method: PeftModel's own, of the same name, calls it on the tuner where a call has
+# adapter_names.
 ASKED_FOR = "_enable_peft_forward_hooks"
 
 
@@ -108,8 +109,5 @@ def check_peft() -> None:
         require("peft", *(f"{where}:{owner}.{name}" for name in names))
     if not peft.__version__.startswith("0.20."):
         require("peft", *(f"{where}:BaseTuner.{name}" for name in SINCE_0_21))
-    if (
-        ASKED_FOR
-        not in peft.PeftModel.forward.__code__.co_names + peft.PeftModel._enable_peft_forward_hooks.__code__.co_names
-    ):
-        raise RuntimeError(gone("peft", f"PeftModel's call of {ASKED_FOR}"))
+    require("peft", f"peft:PeftModel.{ASKED_FOR}")
+    require_names("peft", getattr(peft.PeftModel, ASKED_FOR), "base_model", ASKED_FOR)

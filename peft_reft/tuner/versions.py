@@ -7,6 +7,8 @@ peft_reft relies on in their library. This module imports no library by itself: 
 from __future__ import annotations
 
 import importlib
+import inspect
+from collections.abc import Callable
 from importlib import metadata
 
 
@@ -67,3 +69,20 @@ def require(library: str, *pieces: str) -> None:
                 found = getattr(found, name)
         except (ImportError, AttributeError) as error:
             raise RuntimeError(gone(library, piece.replace(":", "."))) from error
+
+
+def require_names(library: str, function: Callable, *names: str) -> None:
+    """Check that the code of a library's function mentions some names, which it sets, reads or calls.
+
+    Args:
+        library (`str`): The name of the library, as pip knows it.
+        function (`Callable`): The function, with or without decorators.
+        names (`str`): The names, as attributes or as text.
+
+    Raises:
+        RuntimeError: naming the first name that the function does not mention, and the versions known to work.
+    """
+    code = inspect.unwrap(function).__code__
+    for name in names:
+        if name not in code.co_names and name not in code.co_consts:
+            raise RuntimeError(gone(library, f"the name {name!r} in {function.__qualname__}"))

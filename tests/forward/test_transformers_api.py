@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import re
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -14,7 +15,7 @@ import torch
 import transformers
 from models import CACHE, CACHES, DECODERS, GROUPED, build, prompts, randomize
 from paths import REPOSITORY
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
@@ -334,6 +335,18 @@ def test_a_setting_of_generate_that_is_gone_is_named(unchecked, monkeypatch, set
 def test_a_mark_of_accelerate_that_is_gone_is_named(unchecked, monkeypatch):
     monkeypatch.setattr(engines_api, "HOOK", "_accelerate_hook")
     with pytest.raises(RuntimeError, match="the name '_accelerate_hook' in add_hook_to_module"):
+        make_adapter()
+
+
+def test_a_peft_that_no_longer_asks_the_tuner_about_adapter_names_is_found_out(unchecked, monkeypatch):
+    @contextmanager
+    def ask_nobody(self, *args, **kwargs):
+        yield
+
+    monkeypatch.setattr(PeftModel, peft_api.ASKED_FOR, ask_nobody)
+    with pytest.raises(
+        RuntimeError, match=f"the name 'base_model' in .*ask_nobody, and peft {versions.installed('peft')}"
+    ):
         make_adapter()
 
 
