@@ -62,12 +62,13 @@ def _optional(name: str, help_text: str) -> tuple[Any, Any]:
     return Optional[get_type_hints(ReftConfig)[name]], Field(default=None, description=help_text)
 
 
-BLOCK_FIELDS = [name for name in own_fields() if name not in {*SHARED_KEYS.values(), *SET_ELSEWHERE}]
+OWN_FIELDS = own_fields()
+BLOCK_FIELDS = [name for name in OWN_FIELDS if name not in {*SHARED_KEYS.values(), *SET_ELSEWHERE}]
 ReftBlock = create_model(
     "ReftBlock",
     __base__=_Block,
     __doc__=_Block.__doc__,
-    **{name: _optional(name, own_fields()[name].metadata["help"]) for name in BLOCK_FIELDS},  # type: ignore[call-overload]
+    **{name: _optional(name, OWN_FIELDS[name].metadata["help"]) for name in BLOCK_FIELDS},  # type: ignore[call-overload]
 )
 
 

@@ -384,8 +384,5 @@ def _reject(name: str, value: Any, allowed: str, example: str) -> None:
 def own_fields() -> dict[str, Field]:
     """The fields that ReftConfig adds to PEFT's own, by name: the one table from which other lists of them are
     made."""
-    return {
-        one.name: one
-        for one in fields(ReftConfig)
-        if one.name not in {inherited.name for inherited in fields(PeftConfig)}
-    }
+    inherited = {one.name for one in fields(PeftConfig)}
+    return {one.name: one for one in fields(ReftConfig) if one.name not in inherited}

@@ -113,14 +113,10 @@ def given_prompts(model: Any, args: tuple, kwargs: dict[str, Any], given: dict[s
         input_ids = None  # the prompts are embeddings, and these ids are not their tokens
     elif input_ids is tokens and kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = inferred_mask(model, input_ids, kwargs)
-    return Batch(
-        shape,
-        tokens.device,
-        input_ids=input_ids,
-        attention_mask=kwargs.get("attention_mask"),
-        prompt_lengths=given.get("prompt_lengths"),
-        intervention_mask=given.get("intervention_mask"),
-    )
+    inputs = {"input_ids": input_ids, "inputs_embeds": tokens, "attention_mask": kwargs.get("attention_mask")}
+    prompts = Batch.from_inputs({**inputs, **given})
+    assert prompts is not None
+    return prompts
 
 
 def given_input(model: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
