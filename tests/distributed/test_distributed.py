@@ -97,7 +97,7 @@ def run(processes: int, trainings: list[dict[str, Any]], environment: dict[str, 
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
-    environment = os.environ | environment | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | environment | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     path = [str(HELPERS), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     done = subprocess.run(
