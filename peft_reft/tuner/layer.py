@@ -343,7 +343,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         """Edit an output that is not [B, S, D]. As for other outputs, an owned one is edited in place."""
         selection = jobs[0].selection
         count = None if selection is None else selection.edited_BS.shape[1]
-        edited = edit_state(layout.tokens(state, count).clone(), jobs, self.weights, writable=True)
+        h = layout.tokens(state, count).clone(memory_format=torch.contiguous_format)
+        edited = edit_state(h.flatten(2), jobs, self.weights, writable=True).view_as(h)
         if not owned:
             state = state.clone()
         layout.tokens(state, count).copy_(edited)

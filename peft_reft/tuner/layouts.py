@@ -24,14 +24,14 @@ class Layout:
     Args:
         kind (`str`): A key of `VIEWS`, or `"padded"`.
         number (`int`): The index of the active stream for `"active stream"`, the number of tokens that the model puts
-            before the caller's for `"prefix"`, N for `"streams"` and `"wide"`.
+            before the caller's for `"prefix"`, N for the kinds that edit all streams.
     """
 
     kind: str
     number: int
 
     def tokens(self, state: Tensor, count: int | None) -> Tensor:
-        """The hidden states as a view [B, S, D] of the output, through which it can be edited.
+        """The hidden states as a view [B, S, D] or [B, S, N, D] of the output, through which it can be edited.
 
         Args:
             state (`torch.Tensor`): The output.
@@ -44,18 +44,22 @@ class Layout:
     @property
     def streams(self) -> int:
         """How many times the hidden size of the model is the width of the edit."""
-        return self.number if self.kind in ("streams", "wide") else 1
+        return self.number if self.kind in ("streams", "wide", "predicting streams") else 1
 
 
 VIEWS: dict[str, Callable[[Tensor, int], Tensor]] = {
     # [N, B, S, D]. The block reads one stream, the active one, and predicts the others from it.
     "active stream": lambda state, index: state[index],
     # [B, S, N, D]. The block reads a learned mixture of all streams: none is more than another, so all are edited.
-    "streams": lambda state, _: state.view(*state.shape[:2], -1),
+    "streams": lambda state, _: state,
     # [B, S, N · D]: the same, and already flat.
     "wide": lambda state, _: state,
+    # [B, N · S, D]: the tokens of one stream, then those of the next, each of which predicts a token further on.
+    "predicting streams": lambda state, streams: state.unflatten(1, (streams, -1)).transpose(1, 2),
     # [S, B, D].
     "tokens first": lambda state, _: state.transpose(0, 1),
+    # [B, D, S], for convolutions.
+    "tokens last": lambda state, _: state.transpose(1, 2),
     # [B, P + S, D] in a call that reads a prompt, [B, S, D] in a decode step.
     "prefix": lambda state, length: state[:, length:] if state.shape[1] > length else state,
 }
@@ -64,14 +68,22 @@ VIEWS: dict[str, Callable[[Tensor, int], Tensor]] = {
 BLOCKS = {
     "Gemma3nTextDecoderLayer": ("active stream", "altup_active_idx"),
     "DeepseekV4DecoderLayer": ("streams", "hc_mult"),
+    "Glm5NextTextDecoderLayer": ("streams", "hc_mult"),
     "HYV4DecoderLayer": ("streams", "hc_mult"),
+    "HYV4VLDecoderLayer": ("streams", "hc_mult"),
+    "ProphetNetDecoderLayer": ("predicting streams", "ngram"),
     "Qwen4ExpTextDecoderLayer": ("wide", "hc_count"),
 }
 # Class of a module in which every output has this layout -> the same two.
 AROUND: dict[str, tuple[str, str | None]] = {
     "XLNetModel": ("tokens first", None),
     "CpmAntEncoder": ("prefix", "prompt_length"),
+    "BigBirdModel": ("padded", None),
+    "BigBirdPegasusEncoder": ("padded", None),
+    "LEDEncoder": ("padded", None),
+    "LongformerModel": ("padded", None),
     "ReformerModel": ("padded", None),
+    "SqueezeBertEncoder": ("tokens last", None),
 }
 
 
@@ -89,17 +101,20 @@ def layout_of(module: nn.Module, around: list[nn.Module], config: Any) -> Layout
     if found is None:
         return None
     kind, field = found
-    return Layout(kind, 0 if field is None else int(getattr(config, field)))
+    number = 0 if field is None else int(getattr(config, field))
+    return Layout(kind, number + 1 if kind == "predicting streams" else number)  # `ngram` does not count the first
 
 
 # -- architectures whose blocks can't be found by structure -----------------------------------------------------------
 
 # model_type of the (text) config -> a regex for the modules that are its blocks. XLM has no module for a block: its
-# last norm is the end of one. The blocks of ALBERT and HRM run several times in a forward, and are edited each time.
+# last norm is the end of one. SqueezeBERT's blocks return dictionaries; their last module is edited instead. The
+# blocks of ALBERT and HRM run several times in a forward, and are edited each time.
 STACKS = {
     "albert": r".*\balbert_layers\.\d+",
     "flaubert": r".*\blayer_norm2\.\d+",
     "hrm_text": r".*\b[HL]_module\.layers\.\d+",
+    "squeezebert": r".*\bencoder\.layers\.\d+\.output",
     "xlm": r".*\blayer_norm2\.\d+",
 }
 
@@ -121,6 +136,16 @@ class Refusal:
 
 # model_type of the (text) config -> its refusal.
 REFUSED = {
+    "blt": Refusal(
+        "the main ones work on patches of several tokens",
+        r".*\blocal_decoder\.layers\.\d+",
+        r".*\b(global_transformer|patcher)\..*",
+    ),
+    "canine": Refusal(
+        "the main ones have one state for several characters",
+        r".*\b(initial|final)_char_encoder\.layer\.\d+",
+        r".*\bcanine\.encoder\..*",
+    ),
     "reformer": Refusal(
         "its backward computes the inputs of reversible blocks from their outputs, which an edit would falsify",
         r".*\bembeddings",
@@ -130,4 +155,10 @@ REFUSED = {
         "its blocks after the first have fewer states than tokens: they pool neighbouring tokens",
         r".*\bencoder\.blocks\.0\.\d+",
     ),
+}
+
+# model_type of configs of models whose rows of input_ids are not the rows of their hidden states.
+WITHOUT_ROWS = {
+    "musicgen_decoder": "the codebooks of one example are rows of input_ids",
+    "musicgen_melody_decoder": "the codebooks of one example are rows of input_ids",
 }

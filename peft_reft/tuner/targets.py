@@ -14,7 +14,7 @@ from torch import nn
 
 from .config import ReftConfig
 from .forward.transformers_api import block_names, decoder_of, encoder_of, text_config
-from .layouts import REFUSED, STACKS, Layout, layout_of
+from .layouts import REFUSED, STACKS, WITHOUT_ROWS, Layout, layout_of
 from .peft_api import BaseTunerLayer, NoMatchingModule, check_target_module_exists, get_pattern_key
 
 
@@ -48,6 +48,7 @@ def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, Target]:
             edited, when a width is unknown, when a rank is above the width, when a pattern of `rank_pattern` matches
             no module, or when the adapter was saved for another width.
     """
+    _refuse_without_rows(model, config)
     stack = main_stack(model) if config.target_modules is None else None
     names = list(stack) if stack else _matching_modules(model, config)
     if stack and config.exclude_modules:
@@ -119,7 +120,7 @@ def main_stack(model: nn.Module) -> list[str]:
         )
     if model_type in STACKS:
         return [name for name, _ in model.named_modules() if re.fullmatch(STACKS[model_type], name)]
-    lists = _outermost_lists(root)
+    lists = _in_text_model(root, _outermost_lists(root), config)
     depths = _depths(config, has_decoder_only=encoder is None)
     stacks: list[str] = []
     for depth in depths.values():
@@ -131,7 +132,8 @@ def main_stack(model: nn.Module) -> list[str]:
         if stacks:
             break
     if len(stacks) != 1:
-        found = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
+        full = {module: name for name, module in model.named_modules()}
+        found = ", ".join(f"{full[module]} ({len(module)})" for module in lists.values()) or "none"
         wanted = " or ".join(f"{field}={depth}" for field, depth in depths.items())
         raise ValueError(
             f"The main stack of {type(model).__name__} can't be told: of its lists of modules ({found}), "
@@ -140,6 +142,18 @@ def main_stack(model: nn.Module) -> list[str]:
         )
     blocks = set(lists[stacks[0]])
     return [name for name, module in model.named_modules() if module in blocks]
+
+
+def _in_text_model(root: nn.Module, lists: dict[str, nn.ModuleList], config: Any) -> dict[str, nn.ModuleList]:
+    """The lists of modules around which the nearest config is the text config, not that of a vision tower. All lists
+    where there is no such list."""
+
+    def config_around(name: str) -> Any:
+        configs = (getattr(module, "config", None) for module in _around(root, name))
+        return next((own for own in configs if own is not None), None)
+
+    own = {name: module for name, module in lists.items() if type(config_around(name)) is type(config)}
+    return own or lists
 
 
 def _depths(config: Any, has_decoder_only: bool) -> dict[str, int]:
@@ -244,6 +258,16 @@ def _in_layers(names: list[str], config: ReftConfig) -> list[str]:
 def _model_type(model: nn.Module) -> str:
     """The `model_type` of a transformers model's (text) config. Empty for other models."""
     return getattr(text_config(model), "model_type", None) or ""
+
+
+def _refuse_without_rows(model: nn.Module, config: ReftConfig) -> None:
+    """Raise a ValueError when positions count tokens in a model whose inputs do not have the rows of its states."""
+    reason = WITHOUT_ROWS.get(_model_type(model))
+    if reason is not None and config.positions != "all":
+        raise ValueError(
+            f"positions={config.positions!r} counts tokens of rows, and {type(model).__name__}'s hidden states have "
+            f"other rows than its input: {reason}. Set positions='all'."
+        )
 
 
 def _around(model: nn.Module, name: str) -> list[nn.Module]:

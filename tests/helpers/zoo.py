@@ -28,7 +28,11 @@ SIZES: list[tuple[str, Any]] = [
     (r"num_hidden_layers|n_layers?|num_layers|encoder_layers|decoder_layers|depth|num_decoder_layers", DEPTH),
     (r"num_attention_heads|n_heads?|num_heads|encoder_attention_heads|decoder_attention_heads", HEADS),
     (r"num_key_value_heads|num_kv_heads", 2),
-    (r"hidden_size|d_model|n_embd|embed_dim|emb_dim|dim|embedding_size|backbone_hidden_size", WIDTH),
+    (
+        r"hidden_size|hidden_size_global|d_model|n_embd|embed_dim|emb_dim|dim|embedding_size|backbone_hidden_size",
+        WIDTH,
+    ),
+    (r"out_hidden_size|text_hidden_size|projection_dim|codebook_dim|output_dim|lm_hidden_size", WIDTH),
     (r"head_dim|d_kv|dim_head|kv_channels|attention_head_size", WIDTH // HEADS),
     (r"moe_intermediate_size|expert_ffn_hidden_size", 16),
     (r"(.*_)?(intermediate_size|ffn_dim|ffn_hidden_size|d_ff|dim_ff|dff|d_inner)", 2 * WIDTH),
@@ -49,17 +53,44 @@ SIZES: list[tuple[str, Any]] = [
     (r"patch_size", 8),
 ]
 DROPOUT = re.compile(r".*(dropout|layerdrop|_pdrop|dropout_p|dropout_prob)(_prob|_rate)?$")
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 MLA = {"num_key_value_heads": HEADS}
 SPECIAL: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"] * (DEPTH // 2)},
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": [1], "mamba_n_groups": 1},
-    "blt": {"encoder_hash_byte_group_vocab": 50},
+    "blt": {"use_cache": False, "encoder_hash_byte_group_vocab": 50},
     "codegen": {"rotary_dim": 4},
-    "dbrx": {"n_heads": HEADS, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}, "ffn_config": {"ffn_hidden_size": 32}},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * (DEPTH // 2)},
+    "dbrx": {
+        "n_heads": HEADS,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 32},
+    },
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * (DEPTH // 2),
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "esmc": {"num_key_value_heads": HEADS},
+    "esm": {"vocab_size": VOCAB, "pad_token_id": PAD, "mask_token_id": 3, "position_embedding_type": "absolute"},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4, "input_size": 16},
+    "longformer": {"attention_window": 4},
+    "lilt": {"channel_shrink_ratio": 4, "max_2d_position_embeddings": 64, "hidden_size": 48, "num_attention_heads": 4},
+    "t5": {"decoder_start_token_id": PAD},
+    "tapas": {"type_vocab_sizes": [3, 256, 256, 2, 256, 256, 10]},
     "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2, "n_routed_experts": 4, **MLA},
-    "dots1": {"moe_intermediate_size": 16, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
-    "dots3_note_text": {"per_layer_config": {}, **MLA},
+    "dory": {"n_input_layers": 1, "n_output_layers": 1, "num_hidden_layers": 8},
+    "dots1": {
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+    "dots3_note_text": {"head_dim": 12, "per_layer_config": {}, **MLA},
     "gemma3n_text": {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "laurel_rank": 4},
     "gemma4_unified_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
     "gpt_neo": {"attention_types": [[["global", "local"], DEPTH // 2]]},
@@ -70,11 +101,36 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "mamba_n_groups": 1,
         "layer_types": ["mamba", "attention"] * (DEPTH // 2),
     },
+    "hy_v4_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4, "layer_types": ["linear_attention", "full_attention"] * (DEPTH // 2), **MLA},
+    "kimi_linear": {
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"] * (DEPTH // 2),
+        **MLA,
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (DEPTH // 2), "num_dense_layers": 1},
-    "longcat_flash": {"num_hidden_layers": 2 * DEPTH, "num_layers": DEPTH, "head_dim": 4, "expert_ffn_hidden_size": 16},
+    "longcat_flash": {
+        "num_hidden_layers": 2 * DEPTH,
+        "num_layers": DEPTH,
+        "head_dim": 4,
+        "expert_ffn_hidden_size": 16,
+    },
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+    "qwen2_vl_text": MROPE,
+    "qwen2_5_vl_text": MROPE,
+    "qwen2_5_omni_text": MROPE,
+    "paddleocr_vl_text": MROPE,
+    "glm46v_text": MROPE,
+    "glm_ocr_text": MROPE,
+    "glm4v_text": MROPE,
+    "qwen3_vl_text": MROPE,
+    "qwen3_vl_moe_text": MROPE,
+    "qwen3_omni_moe_text": MROPE,
+    "cosmos3_edge_text": MROPE,
+    "glm4v_moe_text": {"partial_rotary_factor": 1.0, **MROPE},
+    "glm5_next_text": {"index_topk": 16, "qk_rope_head_dim": 0, "linear_head_dim": 8, "linear_num_heads": 4},
+    "molmo2_adapter": {"vision_feature_layers": [1, 0]},
     "mpt": {"d_model": WIDTH, "n_heads": HEADS, "attn_config": {"attn_pdrop": 0}},
     "reformer": {
         "is_decoder": True,
@@ -92,7 +148,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 2,
         "hc_lowrank": 8,
     },
-    "xlstm": {"qk_dim_factor": 1.0},
+    "xlstm": {"hidden_size": 64, "num_heads": 1, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 6},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * (DEPTH // 2), "mamba_ngroups": 1},
@@ -130,7 +186,9 @@ def _parts(config_class: type) -> dict[str, type]:
     try:
         default = config_class()
     except Exception:
-        return {n: p for n, p in config_class.sub_configs.items() if dataclasses.is_dataclass(p) and p is not t.AutoConfig}
+        return {
+            n: p for n, p in config_class.sub_configs.items() if dataclasses.is_dataclass(p) and p is not t.AutoConfig
+        }
     parts = {name: type(getattr(default, name, None)) for name in names}
     return {name: part for name, part in parts.items() if issubclass(part, t.PreTrainedConfig)}
 
@@ -150,23 +208,33 @@ def tiny_config(config_class: type, model_class: type) -> Any:
     return config
 
 
-def mapping(name: str) -> dict[str, tuple[type, type]]:
-    """The (config class, model class) of a mapping of transformers, by `ModelClass` or, where several configs share a
-    class, `ModelClass[ConfigClass]`."""
-    found = getattr(modeling_auto, name)
-    pairs = []
-    for config in found:
-        models = found[config]
-        pairs += [(config, model) for model in (models if isinstance(models, (list, tuple)) else [models])]
-    count: dict[str, int] = {}
-    for _, model in pairs:
-        count[model.__name__] = count.get(model.__name__, 0) + 1
-    return {
-        model.__name__ if count[model.__name__] == 1 else f"{model.__name__}[{config.__name__}]": (config, model)
-        for config, model in pairs
-    }
+KINDS = {"causal": "CAUSAL_LM", "classification": "SEQUENCE_CLASSIFICATION", "vision": "IMAGE_TEXT_TO_TEXT"}
+
+
+def architectures() -> list[tuple[str, str, str]]:
+    """(kind, model_type, model class) of every entry of the three mappings, without importing a model."""
+    found = []
+    for kind, name in KINDS.items():
+        for model_type, entry in getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES").items():
+            for model in entry if isinstance(entry, (list, tuple)) else [entry]:
+                found.append((kind, model_type, model))
+    return found
+
+
+def classes(model_type: str, model: str) -> tuple[type, type]:
+    """The config class and the model class of an entry."""
+    return t.models.auto.configuration_auto.CONFIG_MAPPING[model_type], getattr(t, model)
 
 
 def tiny(config_class: type, model_class: type) -> Any:
+    """The tiny model in evaluation mode, with the same weights at every call.
+
+    Raises:
+        ValueError: when it is not tiny, because its sizes have names that this module does not know.
+    """
+    with torch.device("meta"):
+        count = sum(p.numel() for p in model_class(tiny_config(config_class, model_class)).parameters())
+    if count > 2e7:
+        raise ValueError(f"{count} parameters")
     torch.manual_seed(0)
     return model_class(tiny_config(config_class, model_class)).eval()
