@@ -165,7 +165,7 @@ class ReftModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, found.rank, found.width)
             return
         in_encoder = target in self._encoder_modules
-        layer = ReftLayer(target, self._context.state, current_key, found.is_block, in_encoder)
+        layer = ReftLayer(target, self._context.state, current_key, found.is_block, in_encoder, found.layout)
         layer.quantization_backend = quantization_backend(target, self.model)
         layer.update_layer(adapter_name, peft_config, found.rank, found.width)
         if adapter_name not in self.active_adapters:

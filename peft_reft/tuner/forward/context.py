@@ -28,6 +28,7 @@ from .checkpointing import BackwardStop, bind_checkpoints, unbind_checkpoints
 from .generation import Generation, given_input, given_prompts, refuse_unknown_prompts
 from .mixed import MixedBatch
 from .plan import Layer, ModelState, plan, with_own_weights
+from .probe import UnconfirmedLayouts
 from .saving import SaveHook
 from .selector import Call, Selector
 from .transformers_api import forward_parameters
@@ -56,6 +57,7 @@ class ForwardContext:
         self._stop = BackwardStop()
         self._validated: dict[str, int] = {}  # adapter name -> id of the R parameter that was last validated
         self._handles: list[Any] = []
+        self._unconfirmed = UnconfirmedLayouts()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -84,6 +86,7 @@ class ForwardContext:
         self._block_lists = [
             m for m in model.modules() if isinstance(m, nn.ModuleList) and any(c in layers for c in m)
         ]
+        self._unconfirmed.add(layers)
         self._sides[adapter_name] = {layer.in_encoder for layer in layers if adapter_name in layer.reft_config}
         if self._handles:
             return
@@ -195,9 +198,13 @@ class ForwardContext:
     @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
         self.state.call.clear()
+        if self._unconfirmed:
+            self._unconfirmed.after_call(succeeded=output is not None)
 
     @torch.compiler.disable
     def _before_encoder(self, encoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._unconfirmed.probing:
+            return
         call = self.state.call
         call.encoder_alone = call.jobs is None  # as generate calls it
         if call.jobs is None:
@@ -271,6 +278,9 @@ class ForwardContext:
             if not replica and (weights := self._stack(own, in_graph=rules.depend_on_batch)) is not None:
                 stacked[name] = weights
         names = [layer.name for layer in self.layers if layer.in_encoder == in_encoder]
+        selected = next((selection for selection in selections.values() if selection is not None), None)
+        if self._unconfirmed and selected is not None and not replica:
+            self._unconfirmed.before_edits(module, names, selected.edited_BS.shape, call)
         assert call.jobs is not None
         call.jobs.update(plan(names, in_use, selections, stacked, call.mixed, on_own_devices=not replica))
         call.recomputed = None

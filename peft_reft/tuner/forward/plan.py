@@ -77,6 +77,7 @@ class Layer(Protocol):
     name: str
     is_block: bool
     in_encoder: bool
+    layout: Any
     state: ModelState
     bases: Bases
     reft_R: nn.ParameterDict
@@ -85,6 +86,8 @@ class Layer(Protocol):
     def adapters_in_use(self, mixed: Sequence[str] | None) -> list[LayerAdapter]: ...
 
     def load_offloaded(self) -> None: ...
+
+    def get_base_layer(self) -> nn.Module: ...
 
 
 def plan(

@@ -358,6 +358,16 @@ def encoder_of(model: nn.Module) -> nn.Module | None:
     return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
 
 
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The text decoder of a model with several towers. The model itself where it has one tower only, or says none."""
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if get_decoder is not None else None
+    # ModernBERT's decoder has a linear layer called `decoder`, which get_decoder returns.
+    if not isinstance(decoder, nn.Module) or not any(isinstance(m, nn.ModuleList) for m in decoder.modules()):
+        return model
+    return decoder
+
+
 def block_names(model: nn.Module) -> set[str]:
     """The class names of its blocks that a model lists in `_no_split_modules`. accelerate keeps each on one device."""
     return set(getattr(model, "_no_split_modules", None) or ())
