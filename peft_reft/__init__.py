@@ -8,6 +8,7 @@ from .tools.collator import PromptLengthsCollator
 from .tools.explain import explain_positions
 from .tools.resuming import last_complete_checkpoint
 from .tuner import ReftConfig, ReftLayer, ReftModel
+from .tuner.chat_template import find_response_template
 
 
 __version__ = "0.1.0"
@@ -17,5 +18,6 @@ __all__ = [
     "ReftLayer",
     "ReftModel",
     "explain_positions",
+    "find_response_template",
     "last_complete_checkpoint",
 ]

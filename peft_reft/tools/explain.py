@@ -35,6 +35,8 @@ READ = (
     "prompt_lengths",
     "intervention_mask",
 )
+# The source of a batch whose sequences may lack the response template.
+LABELS_TELL_THE_REST = "response_template or labels"
 LEGEND = "F[ ] first token  L[ ] last token  » an answer begins  « a prompt begins again"
 
 
@@ -175,6 +177,9 @@ def _explain(rules: Rules, batch: Batch, tokenizer: Any) -> list[ExplainedSequen
         selected = select_tokens(rules, batch, training=False)
         first_BS, last_BS, source = selected.first_BS, selected.last_BS, selected.origin
         prompt_BS = sequences.real_BS if selected.prompt_BS is None else selected.prompt_BS
+    ends_BS = torch.zeros_like(prompt_BS)
+    if source == LABELS_TELL_THE_REST and rules.template is not None and batch.input_ids is not None:
+        ends_BS = rules.template.matches(batch.input_ids, sequences.start_BS) & prompt_BS
     trained_BS = torch.zeros_like(prompt_BS) if batch.labels is None else batch.labels != IGNORED_LABEL
     explained = []
     # The number of each token's sequence in its row, from 1.
@@ -188,6 +193,9 @@ def _explain(rules: Rules, batch: Batch, tokenizer: Any) -> list[ExplainedSequen
                 return mask_BS[row, columns].nonzero().flatten().tolist()
 
             ids = batch.input_ids[row, columns].tolist()
+            own = source
+            if source == LABELS_TELL_THE_REST:
+                own = "response_template" if indices(ends_BS) else "labels"
             explained.append(
                 ExplainedSequence(
                     row=row,
@@ -198,7 +206,7 @@ def _explain(rules: Rules, batch: Batch, tokenizer: Any) -> list[ExplainedSequen
                     last=indices(last_BS),
                     prompt=indices(prompt_BS),
                     trained=indices(trained_BS),
-                    source=source,
+                    source=own,
                 )
             )
     return explained

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any, cast
 from peft import PeftConfig, PeftModel
 from torch import nn
 
+from .chat_template import AUTO, load_local_tokenizer, log_once
 from .config import ReftConfig
 from .engines_api import check_accelerate, has_hook
 from .forward.context import ForwardContext
@@ -22,6 +24,7 @@ from .parameters.loading import check_names
 from .peft_api import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers, check_peft
 from .peft_type import NAME
 from .positions.spec import Rules
+from .positions.template import IdTemplate
 from .targets import Target, find_targets, not_a_target, target_of
 
 
@@ -352,14 +355,20 @@ def _refuse_unhooked(model: nn.Module) -> None:
 
 
 def _rules(model: Any, config: ReftConfig) -> Rules:
-    """The rules by which an adapter finds its tokens in the calls of a model.
+    """The rules by which an adapter finds its tokens in the calls of a model. Fills in what the config asks to be
+    found, and logs it.
 
     Raises:
         ValueError: when the response template is text and the tokenizer can't be loaded, or does not keep the text.
     """
+    name = config.tokenizer_name_or_path or getattr(model, "name_or_path", None)
 
     def tokenizer() -> Any:
-        name = config.tokenizer_name_or_path or getattr(model, "name_or_path", None)
+        if config.asked_template == AUTO:
+            if encoder_of(model) is not None:
+                raise ValueError("the model has an encoder, and its prompts are not a conversation's")
+            own = config.tokenizer_name_or_path is None
+            return load_local_tokenizer(name, config.revision if own else None)
         try:
             return AutoTokenizer.from_pretrained(name)
         except Exception as error:
@@ -369,4 +378,17 @@ def _rules(model: Any, config: ReftConfig) -> Rules:
                 "token ids."
             ) from error
 
-    return config.rules(tokenizer, eos_token_id(model), can_generate(model))
+    rules = config.rules(tokenizer, eos_token_id(model), can_generate(model))
+    if config.asked_template == AUTO:
+        found = rules.template
+        config.note_template(found.ids if isinstance(found, IdTemplate) else None)
+        if found is not None:
+            log_once(
+                logging.WARNING,
+                f"response_template='auto': the answers of a conversation begin after the tokens {found}, by the chat "
+                f"template of {name}. The adapter's config keeps them. Where a sequence has none, labels tell its "
+                "prompt.",
+            )
+        elif rules.why_no_template:
+            log_once(logging.INFO, f"response_template='auto' found none: {rules.why_no_template}.")
+    return rules

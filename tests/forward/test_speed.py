@@ -44,11 +44,13 @@ class Noted(Checks):
         self._pending.append(numbers)
 
 
+@pytest.mark.parametrize("optional", [False, True])
 @pytest.mark.parametrize("template", [None, IdTemplate((5, 6))])
 @pytest.mark.parametrize("given", [{}, {"prompt_lengths": torch.tensor([3, 2])}], ids=["labels", "prompt_lengths"])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_a_training_step_reads_nothing_back_from_the_device(groups, given, template):
-    rules = Rules(PositionSpec(first=2, last=2), groups, template=template, end_ids=(2, 7))
+def test_a_training_step_reads_nothing_back_from_the_device(groups, given, template, optional):
+    spec = PositionSpec(first=2, last=2)
+    rules = Rules(spec, groups, template=template, template_optional=optional, end_ids=(2, 7))
     checks = Noted(queueing=("meta",))
     selector = Selector(checks)
     selector._masks_number_sequences = False  # as after the first batch

@@ -139,8 +139,8 @@ def test_what_can_not_be_explained():
         explain_positions(build("llama"), tokenizer(), prompts(4))
     with pytest.raises(ValueError, match="no input_ids"):
         explain_positions(ReftConfig(), tokenizer(), {"labels": [[1]]})
-    with pytest.raises(ValueError, match="no prompt tokens to edit"):
-        explain_positions(ReftConfig(), tokenizer(), {"input_ids": [[5, 6]], "labels": [[5, 6]]})
+    with pytest.raises(ValueError, match="labels has shape"):
+        explain_positions(ReftConfig(), tokenizer(), {"input_ids": [[5, 6]], "labels": [[5]]})
 
 
 # -- the console command ----------------------------------------------------------------------------------------------

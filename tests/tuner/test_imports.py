@@ -20,7 +20,7 @@ ROWS = [
     ["tuner.interventions"],
     ["tuner.parameters"],
     ["tuner.forward"],
-    ["tuner.peft_type", "tuner.nested", "tuner.merging"],
+    ["tuner.peft_type", "tuner.nested", "tuner.merging", "tuner.chat_template"],
     ["tuner.config"],
     ["tuner.layer", "tuner.targets"],
     ["tuner.model"],

@@ -18,8 +18,10 @@ from torch import nn
 from ..interventions.apply import Job
 from ..parameters.bases import Bases
 from ..parameters.stacked import InferenceWeights, LayerAdapter, Stacked
+from ..positions.batch import SelectedTokens
 from ..positions.deferred_checks import Checks
 from ..positions.selection import Selection
+from ..positions.spec import Rules
 from .generation import Generation
 from .mixed import MixedBatch
 
@@ -40,12 +42,13 @@ class CallState(threading.local):
     skipped: bool = False  # a decode step is running in which no layer has a job
     recomputed: Jobs | None = None  # the jobs for modules that run in this forward and again in backward
     encoder_alone: bool = False  # the encoder runs outside a forward of the model, as `generate` calls it
+    edits: dict[Rules, SelectedTokens] = {}  # the tokens edited in this call, outside `generate`
     saving: bool = False  # the state dict of the whole model is being collected
 
     def clear(self) -> None:
         """Reset what belongs to a forward, when the forward is over."""
         self.jobs = self.recomputed = self.given = self.in_use = None
-        self.active = {}
+        self.active, self.edits = {}, {}
         self.skipped = self.saving = False
 
 

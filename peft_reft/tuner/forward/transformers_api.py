@@ -38,6 +38,7 @@ __all__ = ["ACT2FN", "AutoTokenizer", "Cache", "Conv1D", "bytes_to_unicode"]
 
 RELIED_ON = (
     "transformers.cache_utils:Cache.get_seq_length",  # how many tokens a cache holds
+    "transformers.cache_utils:DynamicLayer.crop",  # removes columns that were read for another prompt
     "transformers.cache_utils:Cache.is_linear",  # which of its layers hold recurrent states instead of tokens
     "transformers.generation.utils:GenerationMixin.generate",  # runs every forward of the prompt and of decoding
     "transformers.modeling_utils:PreTrainedModel.can_generate",  # whether labels are answers, without a task type
@@ -221,6 +222,30 @@ def find_past_of_generate(model_name: str, kwargs: Mapping[str, Any]) -> Past | 
     """
     known = {name: value for name, value in kwargs.items() if name in (*CACHES, *STATES) or isinstance(value, Cache)}
     return find_past(model_name, known)
+
+
+def crop_cache(cache: Cache, columns: int) -> bool:
+    """Remove the last columns of a cache, so that they can be read again.
+
+    Args:
+        cache (`Cache`): The cache. Changed in place.
+        columns (`int`): How many columns to remove.
+
+    Returns:
+        `bool`: Whether they were removed. False: a cache of this kind keeps a state, or a window, that has forgotten
+            what was before, and it is as it was.
+    """
+    layers = list(getattr(cache, "layers", ()))
+    if any(cache.is_linear) or not layers:
+        return False
+    if any("Sliding" in type(layer).__name__ or not hasattr(layer, "crop") for layer in layers):
+        return False
+    length = int(cache.get_seq_length())
+    for layer in layers:
+        layer.crop(-columns)
+    if int(cache.get_seq_length()) != length - columns:
+        raise RuntimeError(gone("transformers", "a crop of negative numbers in the layers of a Cache"))
+    return True
 
 
 # -- generate ---------------------------------------------------------------------------------------------------------

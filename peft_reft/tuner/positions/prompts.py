@@ -211,6 +211,22 @@ def by_responses(sequences: Sequences, match_BS: Tensor, end_BS: Tensor, every: 
     return _in_runs(prompt_BS, response_start_BS, later_BS=begun_BS > 0)
 
 
+def either(sequences: Sequences, first_BS: Tensor, first: Prompts, second: Prompts) -> Prompts:
+    """The prompts of two ways of finding them: of the first way in some sequences, of the second in the others.
+
+    Args:
+        sequences (`Sequences`): The sequences of the batch.
+        first_BS (`torch.BoolTensor`): [B, S], the tokens of the sequences that go by the first way.
+        first, second (`Prompts`): The prompts by either way, both with one run in a sequence or both with several.
+    """
+    prompt_BS = first.prompt_BS.where(first_BS, second.prompt_BS)
+    if first.later_BS is None or second.later_BS is None:
+        return replace(whole(sequences), prompt_BS=prompt_BS)
+    assert first.start_BS is not None and second.start_BS is not None
+    start_BS = first.start_BS.where(first_BS, second.start_BS)
+    return Prompts(prompt_BS, start_BS, first.later_BS.where(first_BS, second.later_BS), None)
+
+
 def _in_runs(prompt_BS: Tensor, start_BS: Tensor, later_BS: Tensor) -> Prompts:
     """Cut the prompt tokens into runs: a run begins at a start, and at a prompt token after one that is no prompt."""
     after_prompt_BS = prompt_BS.roll(1, dims=1)
