@@ -32,14 +32,24 @@ def mark_cache(output: Any, edited: Mapping[str, SelectedTokens]) -> None:
         output: The output of the forward.
         edited (`Mapping[str, SelectedTokens]`): Adapter name -> the tokens that it edited, from the first token of the
             cache on.
+
+    Raises:
+        ValueError: when the forward has read the rest of prompts by their lengths, and their beginning was edited as a
+            prompt of its own.
     """
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
     for cache in values:
         if isinstance(cache, Cache):
-            before: dict[str, Tensor] | None = getattr(cache, ATTRIBUTE, None)
+            before: dict[str, Tensor] = getattr(cache, ATTRIBUTE, {})
             marks = {name: _groups(tokens) for name, tokens in edited.items()}
-            if before is not None:  # the call has read the rest of a prompt: its first columns are as they were
-                marks = {name: _with_first_columns(mark_BS, before.get(name)) for name, mark_BS in marks.items()}
+            for name, mark_BS in marks.items() if before else ():
+                read = min(mark_BS.shape[1], next(iter(before.values())).shape[1])
+                if _agreeing_columns(before.get(name), mark_BS, read) < read:
+                    raise ValueError(
+                        f"The cache of this forward holds {read} tokens that were read as a prompt of their own, and "
+                        "by prompt_lengths they are the beginning of a longer one, of which other tokens are edited. "
+                        "Pass prompt_lengths [batch], the length of each whole prompt, with its first part, too."
+                    )
             setattr(cache, ATTRIBUTE, marks)
 
 
@@ -75,14 +85,6 @@ def make_cache_fit(past: Past, cache: Any, wanted: Mapping[str, SelectedTokens])
 def _groups(tokens: SelectedTokens) -> Tensor:
     """int8, [B, S]: 1 for a first token, 2 for a last token, 0 for a token that is not edited."""
     return tokens.first_BS.to(torch.int8) + 2 * tokens.last_BS.to(torch.int8)
-
-
-def _with_first_columns(mark_BS: Tensor, before_BS: Tensor | None) -> Tensor:
-    """A mark, with its first columns replaced by those of an earlier mark. None: nothing was edited there."""
-    if before_BS is None or before_BS.shape[0] != mark_BS.shape[0]:
-        return mark_BS
-    width = min(before_BS.shape[1], mark_BS.shape[1])
-    return torch.cat([before_BS[:, :width].to(mark_BS.device), mark_BS[:, width:]], dim=1)
 
 
 def _agreeing_columns(mark_BS: Tensor | None, wanted_BS: Tensor | None, length: int) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..positions.batch import Batch, SelectedTokens, select_tokens
 from ..positions.deferred_checks import Checks
@@ -142,16 +142,37 @@ class Selector:
         """The tokens that an adapter edits in a batch.
 
         Where the batch continues a cache of `past` tokens, the caller has given the length of each whole prompt, and
-        the tokens after the first `past` are returned.
+        the tokens after the first `past` are returned. So a prompt may be fed in parts, each with that length.
         """
-        # prompt_lengths and attention_mask are about the whole prompts, the tensors that are left out about the rest.
-        if past > 0:
-            batch = replace(batch, shape=(batch.shape[0], past + batch.shape[1]))
-            batch = replace(batch, input_ids=None, position_ids=None, cu_seq_lens=None, labels=None)
+        width = past + batch.shape[1]
+        later = 0  # tokens of the longest prompt that later calls will be fed
+        if batch.prompt_lengths is not None and not training and not batch.sequences.packed:
+            later = max(0, int(batch.prompt_lengths.max()) - width)
+        if past + later > 0:
+            batch = _whole(batch, width + later, later)
         tokens = select_tokens(rules, batch, training, self._checks, self._notices)
+        if later:
+            tokens = replace(tokens, first_BS=tokens.first_BS[:, :width], last_BS=tokens.last_BS[:, :width])
         if not call.in_encoder and call.generation is None:
             call.edits[rules] = tokens
         return tokens.after(past, rules)
+
+
+def _whole(batch: Batch, width: int, later: int) -> Batch:
+    """The batch of whole prompts of which a call is fed a part: prompt_lengths and attention_mask are about the whole,
+    the tensors that are left out about the part.
+
+    Args:
+        batch (`Batch`): The part.
+        width (`int`): The number of columns of the whole.
+        later (`int`): How many of them later calls are fed. The attention mask may lack these.
+    """
+    mask = batch.attention_mask
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == width - later:
+        mask = nn.functional.pad(mask, (0, later), value=1)
+    shape = (batch.shape[0], width)
+    batch = replace(batch, shape=shape, attention_mask=mask, labels=None)
+    return replace(batch, input_ids=None, position_ids=None, cu_seq_lens=None)
 
 
 def _length(rules: Rules, past: Past) -> int:

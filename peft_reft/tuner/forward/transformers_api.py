@@ -28,7 +28,7 @@ from ..versions import gone, require, way_out
 try:
     from transformers import AutoTokenizer, GenerationConfig
     from transformers.activations import ACT2FN
-    from transformers.cache_utils import Cache
+    from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
     from transformers.pytorch_utils import Conv1D
 except ImportError as error:
@@ -236,9 +236,10 @@ def crop_cache(cache: Cache, columns: int) -> bool:
             what was before, and it is as it was.
     """
     layers = list(getattr(cache, "layers", ()))
-    if any(cache.is_linear) or not layers:
-        return False
-    if any("Sliding" in type(layer).__name__ or not hasattr(layer, "crop") for layer in layers):
+    # Of these types themselves: a subclass may have a window or a state. StaticLayer has no crop before 5.24.
+    if not layers or not all(
+        type(layer) in (DynamicLayer, StaticLayer) and hasattr(layer, "crop") for layer in layers
+    ):
         return False
     length = int(cache.get_seq_length())
     for layer in layers:
