@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ..positions.batch import Batch, select_tokens
-from ..positions.deferred_checks import Checks
 from ..positions.selection import Selection
 from ..positions.spec import Rules
 from ..positions.subspaces import used_directions
+from ..positions.unedited import UneditedRows
 from .generation import Generation
 from .transformers_api import Past, find_past
 
@@ -64,11 +64,12 @@ class Selector:
     """Finds the tokens that adapters edit in the calls of one model.
 
     Args:
-        checks (`Checks`): Takes the conditions on batches whose values are on a device, and reads them later.
+        rows (`UneditedRows`): Counts the rows without a token to edit. Its `checks` take the conditions on batches
+            whose values are on a device, and read them later.
     """
 
-    def __init__(self, checks: Checks) -> None:
-        self._checks = checks
+    def __init__(self, rows: UneditedRows) -> None:
+        self._rows, self._checks = rows, rows.checks
         self._saw_labels = False  # whether labels have told the prompts of a training batch
         self._masks_number_sequences: bool | None = None  # None: no mask of integers has been seen yet
 
@@ -153,7 +154,7 @@ class Selector:
         if past > 0:
             batch = replace(batch, shape=(batch.shape[0], past + batch.shape[1]))
             batch = replace(batch, input_ids=None, position_ids=None, cu_seq_lens=None, labels=None)
-        tokens = select_tokens(rules, batch, training, self._checks)
+        tokens = select_tokens(rules, batch, training, self._rows)
         if tokens.origin == "labels":
             self._saw_labels |= training
         elif tokens.origin == "all tokens" and rules.reads_labels and self._saw_labels:
@@ -209,7 +210,9 @@ def _used_directions(rules: Rules, call: Call, batch: Batch, training: bool) -> 
         if training:
             raise ValueError(
                 f"The adapter has subspaces ({', '.join(sizes)}), and the training batch does not say which its "
-                "examples use. Pass subspaces [batch] with it: numbers of groups, or names."
+                "examples use. Pass subspaces [batch] with it: numbers of groups, or names. transformers' Trainer "
+                "passes on a dataset's column of that name; where rows go through a collator of your own, wrap it in "
+                "peft_reft.ColumnsCollator(collator)."
             )
         return None
     if generation is None:
