@@ -64,18 +64,26 @@ class ColumnsCollator(_Wrapper):
             columns are given to it as they are.
         subspaces (`Sequence[str]`, *optional*): The names of the adapter's subspaces. With them names in the column
             become a tensor [batch, subspaces] of 0 and 1, else they stay names.
+        by_completion (`str`, *optional*): `"keep_start"` or `"keep_end"`: the `completion_mask` of rows with labels
+            gives their `prompt_lengths`, and goes no further. The text says which part of a row that was cut off was
+            kept; its mask may be as long as it was. None: the column is not read.
 
     Raises:
         ValueError: when a row's `intervention_mask` has another length than its tokens in the batch.
     """
 
-    def __init__(self, collator: Any, subspaces: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, collator: Any, subspaces: Sequence[str] | None = None, by_completion: str | None = None
+    ) -> None:
         super().__init__(collator)
         self.subspaces = subspaces
+        self.by_completion = by_completion
 
     def __call__(self, features: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(features, list) or not all(isinstance(row, Mapping) for row in features):
             return self.collator(features, *args, **kwargs)
+        if self.by_completion:
+            features = [_told_by_completion(row, self.by_completion) for row in features]
         columns = {
             name: [row[name] for row in features]
             for name in REFT_ARGUMENTS
@@ -96,6 +104,17 @@ class ColumnsCollator(_Wrapper):
                 flat = name == "prompt_lengths" and tensors[0].dim() > 0
                 batch[name] = torch.cat(tensors) if flat else torch.stack(tensors)
         return batch
+
+
+def _told_by_completion(row: Mapping[str, Any], kept: str) -> Mapping[str, Any]:
+    """A row with `prompt_lengths`, the number of tokens before its completion, in place of `completion_mask`."""
+    if "completion_mask" not in row or "labels" not in row or "prompt_lengths" in row:
+        return row
+    length = len(row["input_ids"])
+    mask = list(row["completion_mask"])
+    mask = mask[-length:] if kept == "keep_end" else mask[:length]
+    told = {key: value for key, value in row.items() if key != "completion_mask"}
+    return {**told, "prompt_lengths": mask.index(1) if 1 in mask else len(mask)}
 
 
 def _aligned(values: list[Any], batch: Mapping[str, Any]) -> Tensor:

@@ -71,19 +71,31 @@ def _serving(init: Any) -> Any:
             trainer.add_callback(UneditedRowsCallback)
             subspaces = {rules.subspaces for rules in context.rules.values() if rules.subspaces}
             names = [name for name, _ in next(iter(subspaces))] if len(subspaces) == 1 else None
-            trainer.data_collator = ColumnsCollator(trainer.data_collator, names)
+            kept = getattr(trainer.args, "truncation_mode", "keep_start") if _by_completion(context) else None
+            trainer.data_collator = ColumnsCollator(trainer.data_collator, names, kept)
 
     make._serves_reft = True  # type: ignore[attr-defined]
     return make
 
 
+def _by_completion(context: ForwardContext) -> bool:
+    """Whether a completion mask gives the prompts: labels would, and a template does not. TRL drops the mask from rows
+    that it trains on all tokens of (`completion_only_loss=False`), whose labels then mark no prompt."""
+    return all(
+        rules.template is None and rules.reads_labels and not rules.every and not rules.spec.all_tokens
+        for rules in context.rules.values()
+    )
+
+
 def _keeping_columns(method: Any) -> Any:
     @functools.wraps(method)
     def keep(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-        if trainer.args.remove_unused_columns and ForwardContext.of(trainer.model) is not None:
+        context = ForwardContext.of(trainer.model) if trainer.args.remove_unused_columns else None
+        if context is not None:
             trainer._set_signature_columns_if_needed()
             kept = trainer._signature_columns
-            trainer._signature_columns = [*kept, *(name for name in REFT_ARGUMENTS if name not in kept)]
+            read = [*REFT_ARGUMENTS, *(["completion_mask"] if _by_completion(context) else [])]
+            trainer._signature_columns = [*kept, *(name for name in read if name not in kept)]
         return method(trainer, *args, **kwargs)
 
     return keep

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
 
@@ -25,13 +26,9 @@ from .positions.spec import Rules
 from .targets import Target, find_targets, not_a_target, target_of
 
 
-# TRL's preference trainers, given a PeftModel, add an adapter "ref" and copy to it the weights whose names contain
-# ".default.". ReFT's names end in ".default", so no weight of ReFT is copied.
-TRL_REFERENCE = (
-    "An adapter named 'ref' was added beside 'default', with weights of its own. If a trainer of TRL made it, to be "
-    "the reference of a trained adapter, it does not find ReFT's weights to copy. Copy them: "
-    "set_peft_model_state_dict(model, get_peft_model_state_dict(model), adapter_name='ref')."
-)
+# TRL's preference trainers, given a PeftModel, add an adapter of this name to be the reference, with the very config
+# object of "default", and copy to it the weights whose names contain ".default.". ReFT's names end in ".default".
+REFERENCE, TRAINED = "ref", "default"
 
 
 class ReftModel(BaseTuner):
@@ -98,13 +95,14 @@ class ReftModel(BaseTuner):
                 f"adapter_name={adapter_name!r} is not possible: PEFT makes it a part of the names of parameters, "
                 "where a dot separates modules. Choose a name without dots."
             )
-        if adapter_name == "ref" and "default" in self.peft_config:
-            warnings.warn(TRL_REFERENCE)
         encoder = encoder_of(model)
         self._context = ForwardContext.of(model) or ForwardContext(model, encoder)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = [module for module in model.modules() if isinstance(module, ReftLayer)]
         self._context.add_adapter(model, encoder, layers, adapter_name, self._rules)
+        configs = self.peft_config
+        if adapter_name == REFERENCE and configs[REFERENCE] is configs.get(TRAINED):
+            _copy_adapter(model, TRAINED, REFERENCE)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
@@ -305,6 +303,17 @@ class ReftModel(BaseTuner):
         # different layers, so activate the first adapter that is left.
         if not self.active_adapters and self.peft_config:
             self.set_adapter(next(iter(self.peft_config)))
+
+
+@torch.no_grad()
+def _copy_adapter(model: nn.Module, source: str, target: str) -> None:
+    """Copy the weights of an adapter to another of the same config, with modules and tokens that it trains."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        if source in (parts := name.split(".")):
+            copy = parameters.get(".".join(target if part == source else part for part in parts))
+            if copy is not None and copy.shape == parameter.shape and not copy.is_meta:
+                copy.copy_(parameter)
 
 
 def _refuse_beside(other: PeftConfig, name: str, adapter_name: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from models import CHAT_VOCAB, GROUPED, chat_model, tokenizer
 from packaging.version import Version
-from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model
 from torch import nn
 
 from peft_reft import PromptLengthsCollator, ReftConfig, ReftLayer
@@ -24,6 +24,7 @@ trl = pytest.importorskip("trl", reason="needs trl")
 datasets = pytest.importorskip("datasets")
 # From this version on, TRL's trainers pass labels to the model for preferences as well.
 PASSES_LABELS = Version(trl.__version__) >= Version("1.16")
+REFT_W = "base_model.model.model.layers.0.reft_W.default"
 OPENING = "<|im_start|>assistant\n"
 
 
@@ -202,6 +203,26 @@ def test_sft_on_text_without_an_answer(tmp_path):
     train(sft(tmp_path, data, config(positions="all")))
 
 
+@pytest.mark.parametrize("length", [None, 14])
+def test_sft_on_prompts_too(tmp_path, length):
+    """`completion_only_loss=False`: labels mark no prompt, and the completion mask, which TRL drops, does."""
+    data = preferences(prompt=["Name a colour."] * 4, completion=[" Blue, I do not know that."] * 4)
+    settings = {"completion_only_loss": False, "max_length": length}
+    prompt = len(tokenizer()("Name a colour.")["input_ids"])
+    assert prompt < 14
+
+    def expected(ids: list[int]) -> list[int]:
+        return [0, prompt - 2, prompt - 1]
+
+    watch = train(sft(tmp_path, data, config(), **settings))
+    watch.check(expected)
+    assert length is None or max(len(row) for ids, _ in watch.forwards for row in ids) == length
+    with pytest.raises(ValueError, match="no prompt tokens to edit.*response_template"):  # packing drops the mask
+        sft(tmp_path, data, config(), packing=True, **{**settings, "max_length": 64}).train()
+    reft = config(response_template=tokenizer()(" colour.")["input_ids"][-2:])  # the error's way out
+    assert any(train(sft(tmp_path, data, reft, packing=True, **{**settings, "max_length": 64})).edits)
+
+
 def test_sft_in_which_labels_do_not_reach_the_model(tmp_path):
     tokenizer().save_pretrained(tmp_path / "tokenizer")
     settings = {"label_smoothing_factor": 0.1, "loss_type": "nll"}
@@ -275,20 +296,37 @@ def test_dpo_starts_at_its_reference(tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
 
 
-def test_the_reference_of_a_trained_adapter(tmp_path):
-    """TRL makes a reference adapter and finds nothing to copy into it: a warning says so, and what to do."""
-    model = get_peft_model(chat_model(), config())
-    with pytest.warns(UserWarning, match="named 'ref'.*Copy them: set_peft_model_state_dict"):
-        trainer = trl.DPOTrainer(
-            model=model,
-            args=arguments(trl.DPOConfig, tmp_path, max_steps=1, logging_steps=1),
-            train_dataset=pairs_of_answers(),
-            processing_class=tokenizer(),
-        )
-    set_peft_model_state_dict(model, get_peft_model_state_dict(model), adapter_name="ref")
-    trainer.data_collator = PromptLengthsCollator(trainer.data_collator)
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_the_reference_of_a_trained_adapter(tmp_path, precomputed):
+    """TRL makes an adapter "ref", and finds no weights of ReFT to copy into it: it starts as a copy by itself."""
+    model = get_peft_model(chat_model(), config(modules_to_save=["lm_head"]))
+    with torch.no_grad():  # the saved module differs from the base's, too
+        for name, parameter in model.named_parameters():
+            if "modules_to_save.default" in name:
+                parameter.mul_(1.5)
+    trainer = trl.DPOTrainer(
+        model=model,
+        args=arguments(trl.DPOConfig, tmp_path, max_steps=1, logging_steps=1, precompute_ref_log_probs=precomputed),
+        train_dataset=pairs_of_answers(),
+        processing_class=tokenizer(),
+    )
+    for name, parameter in model.named_parameters():
+        if ".default" in name:
+            assert torch.equal(parameter, model.get_parameter(name.replace(".default", ".ref"))), name
+    if not PASSES_LABELS:
+        trainer.data_collator = PromptLengthsCollator(trainer.data_collator)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    # the reference is the adapter of the start, and not the base
+    assert not torch.equal(model.get_parameter(REFT_W), model.get_parameter(REFT_W.replace("default", "ref")))
+    assert model.get_parameter(REFT_W.replace("default", "ref")).abs().max() > 0
+
+
+def test_an_adapter_named_ref_of_ones_own():
+    """Another config is another adapter, whatever its name."""
+    model = get_peft_model(chat_model(), config())
+    model.add_adapter("ref", config())
+    assert not torch.equal(model.get_parameter(REFT_W), model.get_parameter(REFT_W.replace("default", "ref")))
 
 
 def test_dropout_is_off_in_preference_training(tmp_path):
