@@ -49,10 +49,11 @@ FOLDERS: dict[str, tuple[str, ...]] = {
         "selection",
         "subspaces",
         "notices",
+        "unedited",
         "deferred_checks",
     ),
     "tuner/interventions": ("formulas", "apply", "orthogonal"),
-    "tools": ("collator", "explain", "formats", "resuming"),
+    "tools": ("collator", "explain", "formats", "resuming", "trainers"),
     "conversion": (
         "from_pyreft",
         "to_pyreft",

@@ -72,7 +72,9 @@ class ExplainedSequence:
         """Sentences about edits that are probably not what the user wants."""
         found = []
         if not self.first and not self.last:
-            found.append("no token is edited")
+            short = len(self.prompt) == 1 and self.source != "intervention_mask"
+            why = ", for a prompt of one token has none for both first and last tokens" if short else ""
+            found.append(f"no token is edited{why}")
         # With a label on the first token, prompts are trained too. Else each token with a label is an answer's.
         if 0 not in self.trained and (answers := sorted({*self.first, *self.last} & {*self.trained})):
             found.append(f"edited tokens are part of an answer, which generation would not edit: {answers}")
@@ -122,7 +124,7 @@ def explain_positions(
 
     Raises:
         ValueError: when the batch has no `input_ids`, when the model has no active ReFT adapter, or as a
-            forward would: when labels, lengths or masks do not fit the batch, or leave it no prompt.
+            forward would: when labels, lengths or masks do not fit the batch.
     """
     config, rules = _config_and_rules(model_or_config, tokenizer)
     tensors = {
@@ -144,6 +146,13 @@ def explain_positions(
         console.print(f"positions={config.positions!r}. {LEGEND}")
         for sequence in explained:
             console.print(sequence)
+        unedited = sum(not sequence.first and not sequence.last for sequence in explained)
+        if unedited:
+            console.print(
+                f"{unedited} of {len(explained)} sequences have no token that is edited. Training passes such rows "
+                "over, and is an error where its first batches have no others.",
+                style="bold red",
+            )
     return explained
 
 

@@ -18,7 +18,7 @@ from .chat_template import AUTO, FoundTemplate, search_with
 from .forward.transformers_api import ACT2FN, end_ids, text_template
 from .interventions.formulas import INTERVENTIONS
 from .parameters.loading import check_file
-from .peft_api import get_pattern_key
+from .peft_api import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_pattern_key
 from .peft_type import NAME, add_peft_type
 from .positions.spec import PositionSpec, Rules
 from .positions.template import IdTemplate, TextTemplate
@@ -316,6 +316,22 @@ class ReftConfig(PeftConfig):
             hub, _, _ = cls._split_kwargs(kwargs)
             check_file(pretrained_model_name_or_path, config, **{"subfolder": subfolder, **hub})
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the config. PEFT calls this after it has saved the weights, in the same folder.
+
+        A warning says so where the weights are a pickle (`safe_serialization=False`).
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        saved = [
+            os.path.exists(os.path.join(save_directory, name)) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+        ]
+        if saved == [False, True]:
+            warnings.warn(
+                f"The adapter is saved as a pickle, {os.path.join(save_directory, WEIGHTS_NAME)}: a kind of file "
+                "that may hold code, which many tools refuse to read. It is read with weights_only=True, which runs "
+                f"none. Leave safe_serialization=False out to save {SAFETENSORS_WEIGHTS_NAME}."
+            )
 
     @property
     def spec(self) -> PositionSpec:

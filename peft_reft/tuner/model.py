@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
 
@@ -28,13 +29,9 @@ from .positions.template import IdTemplate
 from .targets import Target, find_targets, not_a_target, target_of
 
 
-# TRL's preference trainers, given a PeftModel, add an adapter "ref" and copy to it the weights whose names contain
-# ".default.". ReFT's names end in ".default", so no weight of ReFT is copied.
-TRL_REFERENCE = (
-    "An adapter named 'ref' was added beside 'default', with weights of its own. If a trainer of TRL made it, to be "
-    "the reference of a trained adapter, it does not find ReFT's weights to copy. Copy them: "
-    "set_peft_model_state_dict(model, get_peft_model_state_dict(model), adapter_name='ref')."
-)
+# TRL's preference trainers, given a PeftModel, add an adapter of this name to be the reference, with the very config
+# object of "default", and copy to it the weights whose names contain ".default.". ReFT's names end in ".default".
+REFERENCE, TRAINED = "ref", "default"
 
 
 class ReftModel(BaseTuner):
@@ -101,13 +98,14 @@ class ReftModel(BaseTuner):
                 f"adapter_name={adapter_name!r} is not possible: PEFT makes it a part of the names of parameters, "
                 "where a dot separates modules. Choose a name without dots."
             )
-        if adapter_name == "ref" and "default" in self.peft_config:
-            warnings.warn(TRL_REFERENCE)
         encoder = encoder_of(model)
         self._context = ForwardContext.of(model) or ForwardContext(model, encoder)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = [module for module in model.modules() if isinstance(module, ReftLayer)]
         self._context.add_adapter(model, encoder, layers, adapter_name, self._rules)
+        configs = self.peft_config
+        if adapter_name == REFERENCE and configs[REFERENCE] is configs.get(TRAINED):
+            _copy_adapter(model, TRAINED, REFERENCE)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
@@ -310,6 +308,17 @@ class ReftModel(BaseTuner):
             self.set_adapter(next(iter(self.peft_config)))
 
 
+@torch.no_grad()
+def _copy_adapter(model: nn.Module, source: str, target: str) -> None:
+    """Copy the weights of an adapter to another of the same config, with modules and tokens that it trains."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        if source in (parts := name.split(".")):
+            copy = parameters.get(".".join(target if part == source else part for part in parts))
+            if copy is not None and copy.shape == parameter.shape and not copy.is_meta:
+                copy.copy_(parameter)
+
+
 def _refuse_beside(other: PeftConfig, name: str, adapter_name: str) -> None:
     """Check that a ReFT adapter can stand beside an adapter of another method on the same model.
 
@@ -380,15 +389,51 @@ def _rules(model: Any, config: ReftConfig) -> Rules:
 
     rules = config.rules(tokenizer, eos_token_id(model), can_generate(model))
     if config.asked_template == AUTO:
-        found = rules.template
-        config.note_template(found.ids if isinstance(found, IdTemplate) else None)
-        if found is not None:
-            log_once(
-                logging.WARNING,
-                f"response_template='auto': the answers of a conversation begin after the tokens {found}, by the chat "
-                f"template of {name}. The adapter's config keeps them. Where a sequence has none, labels tell its "
-                "prompt.",
-            )
-        elif rules.why_no_template:
-            log_once(logging.INFO, f"response_template='auto' found none: {rules.why_no_template}.")
+        _note_template(config, rules, name)
     return rules
+
+
+def _note_template(config: ReftConfig, rules: Rules, name: str | None) -> None:
+    """Fill in what was found for `response_template="auto"`, and log it.
+
+    Args:
+        config (`ReftConfig`): The config of the adapter.
+        rules (`Rules`): Its rules, with what was found.
+        name (`str`, *optional*): The tokenizer that it was found by.
+    """
+    found = rules.template
+    config.note_template(found.ids if isinstance(found, IdTemplate) else None)
+    if found is not None:
+        log_once(
+            logging.WARNING,
+            f"response_template='auto': the answers of a conversation begin after the tokens {found}, by the chat "
+            f"template of {name}. The adapter's config keeps them. Where a sequence has none, labels tell its prompt.",
+        )
+    elif rules.why_no_template:
+        log_once(logging.INFO, f"response_template='auto' found none: {rules.why_no_template}.")
+
+
+def use_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Find the response template of adapters that ask for one (`"auto"`) by the tokenizer that they are trained with,
+    which need not be the base model's.
+
+    Args:
+        model (`torch.nn.Module`): The model with the adapters. Nothing is done to others.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): The tokenizer, or a processor that has one. Without a
+            response template it changes nothing.
+    """
+    context = ForwardContext.of(model)
+    configs = getattr(model, "peft_config", None)
+    if context is None or not isinstance(configs, dict):
+        return
+    for name, before in context.rules.items():
+        config = configs.get(name)
+        if not isinstance(config, ReftConfig) or config.asked_template != AUTO or context.has_encoder:
+            continue
+        rules = config.rules(lambda: tokenizer, before.end_ids, before.reads_labels)
+        if rules.template is None:
+            if before.template is None:
+                context.rules[name] = rules  # which say why
+        elif str(rules.template) != str(before.template):
+            context.rules[name] = rules
+            _note_template(config, rules, getattr(tokenizer, "name_or_path", None) or type(tokenizer).__name__)

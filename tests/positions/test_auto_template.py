@@ -266,7 +266,7 @@ def test_the_error_says_why_none_was_found(checkpoint, tmp_path):
     with_template(None).save_pretrained(tmp_path)
     model = adapted(str(tmp_path)).train()
     with pytest.raises(ValueError, match="no prompt tokens to edit.*'auto' found none: .*has no chat template"):
-        model(input_ids=ids_of(2), labels=ids_of(2))
+        model(input_ids=ids_of(2).repeat(2, 1), labels=ids_of(2).repeat(2, 1))
     with pytest.raises(ValueError, match="without labels.*'auto' found none: .*has no chat template"):
         model(input_ids=ids_of(2))
 

@@ -87,26 +87,33 @@ def test_a_short_turn_does_not_reach_into_the_answer_before_it():
     assert edited(model, **batch(1)) == [[0, 1, 2, 3, 8, 9]]
 
 
-@pytest.mark.parametrize("position_ids", [False, True])
-def test_training_sequences_without_the_template(position_ids):
-    model, given = adapted(response_template=TEMPLATE).train(), batch()
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_training_sequences_without_the_template(packed, labelled):
+    """Where the answer begins in such a row is unknown, so the row is passed over: as a whole, and in evaluation too
+    where labels show that the row holds an answer."""
+    model, given = adapted(response_template=TEMPLATE), batch()
     given["input_ids"] = given["input_ids"].clone()
     given["input_ids"][1, 3] = given["input_ids"][1, 9] = 7
-    with pytest.raises(
-        ValueError, match=r"response_template is not in row 1 of the training batch \(rows without it: 1 of 2\)"
-    ):
-        model(**given)
-    with pytest.raises(ValueError, match="response_template is not in row 1.*PromptLengthsCollator"):
-        model(**given, labels=labels(range(7, 9), range(6, 8)))
-    # a row without a label trains nothing, such as a prompt cut off before its answer: it may lack the template
-    model(**given, labels=labels(range(7, 9), range(0))).loss.backward()
-    model.eval()
-    assert edited(model, **given) == [[0, 3, 4], [0, 9, 10]]  # outside training, the row is all prompt
-    if position_ids:
-        row = {"input_ids": given["input_ids"][:, :11].reshape(1, -1), "use_cache": False}
-        row["position_ids"] = torch.arange(11).repeat(2)[None]
-        with pytest.raises(ValueError, match="response_template is not in row 0"):
-            model.train()(**row)
+    if labelled:
+        given["labels"] = labels(range(7, 9), range(6, 8))
+    by_template = [[0, 3, 4], []]
+    if packed:
+        given = {
+            "input_ids": given["input_ids"][:, :11].reshape(1, -1),
+            "position_ids": torch.arange(11).repeat(2)[None],
+            "attention_mask": torch.ones(1, 22),
+            "use_cache": False,
+            **({"labels": given["labels"][:, :11].reshape(1, -1)} if labelled else {}),
+        }
+        by_template = [[0, 3, 4]]
+    with pytest.warns(UserWarning, match="1 of 2 rows of training .* response_template is not in it"):
+        assert edited(model.train(), **given) == by_template
+    if labelled:
+        with pytest.warns(UserWarning, match="1 of 2 rows of evaluation"):
+            assert edited(model.eval(), **given) == by_template
+    else:  # nothing says that the row holds an answer: it is all prompt
+        assert edited(model.eval(), **given) == ([[0, 3, 4, 11, 20, 21]] if packed else [[0, 3, 4], [0, 9, 10]])
 
 
 def test_a_template_is_looked_for_in_ids():
@@ -171,7 +178,7 @@ def test_an_evaluation_whose_labels_mask_no_prompt():
     """axolotl's perplexity scores texts with labels for all tokens. They have no prompt, so there is nothing to edit,
     and the score is a number."""
     model, given = adapted(), batch(0)
-    with pytest.warns(UserWarning, match="labels mask no prompt.*base model's.*response_template") as noted:
+    with pytest.warns(UserWarning, match="1 row of evaluation .*no label of -100.*base model computes them") as noted:
         scored = model(**given, labels=given["input_ids"]).loss
         model(**given, labels=given["input_ids"])
     assert len(noted) == 1

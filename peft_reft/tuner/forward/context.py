@@ -53,7 +53,7 @@ class ForwardContext:
         self._parameters = forward_parameters(model)
         self._sides: dict[str, set[bool]] = {}  # adapter name -> `in_encoder` of its layers
         self._block_lists: list[nn.ModuleList] = []  # the lists of modules that have edited blocks as members
-        self._selector = Selector(self.state.checks)
+        self._selector = Selector(self.state.unedited)
         self._stop = BackwardStop()
         self._validated: dict[str, int] = {}  # adapter name -> id of the R parameter that was last validated
         self._handles: list[Any] = []
@@ -379,7 +379,7 @@ class ForwardContext:
             # The input of an encoder-decoder model's generate goes to its encoder. It is no prompt of the decoder.
             prompts = None if self.has_encoder else given_prompts(model, args, kwargs, given)
         skips = depend_on_batch and not any(self.rules[name].spec.all_tokens for name in active)
-        generation = Generation(given, rows, prompts, skips_decoding=skips)
+        generation = Generation(given, rows, prompts, skips, self.state.unedited)
         if past is not None and prompts is not None and call.mixed is None:
             chosen = {name: self.rules[name] for name in active if not self.rules[name].spec.all_tokens}
             wanted = {name: generation.tokens(rules) for name, rules in chosen.items()}

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..positions.batch import Batch, SelectedTokens, select_tokens
 from ..positions.selection import Selection
 from ..positions.spec import Rules
+from ..positions.unedited import UneditedRows
 from .transformers_api import Past, find_past_of_generate, has_second_prompt, inferred_mask, is_one_token, main_input
 
 
@@ -29,6 +30,7 @@ class Generation:
         prompts (`Batch`, *optional*): The prompts. None while they are unknown: in an encoder-decoder model, the
             decoder's prompts are the tokens that its first forward is fed.
         skips_decoding (`bool`): Whether no adapter edits anything in a decode step.
+        unedited (`UneditedRows`, *optional*): Counts the prompts without a token to edit.
         fed (`int`): The number of columns that earlier forwards were fed.
     """
 
@@ -36,6 +38,7 @@ class Generation:
     rows: int
     prompts: Batch | None = None
     skips_decoding: bool = False
+    unedited: UneditedRows | None = None
     fed: int = 0
     _reached: int = 0  # the same, with the columns of the running forward
     _tokens: dict[Rules, SelectedTokens] = field(default_factory=dict)  # the tokens to edit in whole prompts
@@ -94,7 +97,7 @@ class Generation:
         """The tokens that an adapter edits in the whole prompts, which are known."""
         if rules not in self._tokens:
             assert self.prompts is not None
-            self._tokens[rules] = select_tokens(rules, self.prompts, training=False)
+            self._tokens[rules] = select_tokens(rules, self.prompts, False, self.unedited)
         return self._tokens[rules]
 
 

@@ -22,6 +22,7 @@ from ..positions.batch import SelectedTokens
 from ..positions.deferred_checks import Checks
 from ..positions.selection import Selection
 from ..positions.spec import Rules
+from ..positions.unedited import UneditedRows
 from .generation import Generation
 from .mixed import MixedBatch
 
@@ -60,15 +61,20 @@ class ModelState:
         call (`CallState`): The state of the call that the current thread runs.
         weights (`InferenceWeights`): The stacked weights of adapters, for forwards without gradients.
         checks (`Checks`): The conditions on batches that are still to be read from a GPU.
+        unedited (`UneditedRows`): The counts of rows that hold no token to edit.
     """
 
     call: CallState = field(default_factory=CallState)
     weights: InferenceWeights = field(default_factory=InferenceWeights)
     checks: Checks = field(default_factory=Checks)
+    unedited: UneditedRows = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.unedited = UneditedRows(self.checks)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the call out: no call runs a model that has just been copied or unpickled."""
-        return {"weights": self.weights, "checks": self.checks}
+        return {"weights": self.weights, "checks": self.checks, "unedited": self.unedited}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, call=CallState())

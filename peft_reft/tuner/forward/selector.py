@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..positions.batch import Batch, SelectedTokens, select_tokens
-from ..positions.deferred_checks import Checks
 from ..positions.notices import Notices
 from ..positions.selection import Selection
 from ..positions.spec import Rules
 from ..positions.subspaces import used_directions
+from ..positions.unedited import UneditedRows
 from .generation import Generation
 from .transformers_api import Past, find_past
 
@@ -59,12 +59,13 @@ class Selector:
     """Finds the tokens that adapters edit in the calls of one model.
 
     Args:
-        checks (`Checks`): Takes the conditions on batches whose values are on a device, and reads them later.
+        rows (`UneditedRows`): Counts the rows without a token to edit. Its `checks` take the conditions on batches
+            whose values are on a device, and read them later.
     """
 
-    def __init__(self, checks: Checks) -> None:
-        self._checks = checks
-        self._notices = Notices(checks)
+    def __init__(self, rows: UneditedRows) -> None:
+        self._rows, self._checks = rows, rows.checks
+        self._notices = Notices(rows.checks)
         self._masks_number_sequences: bool | None = None  # None: no mask of integers has been seen yet
 
     def select(self, rules: Rules, call: Call) -> Selection | None:
@@ -150,7 +151,7 @@ class Selector:
             later = max(0, int(batch.prompt_lengths.max()) - width)
         if past + later > 0:
             batch = _whole(batch, width + later, later)
-        tokens = select_tokens(rules, batch, training, self._checks, self._notices)
+        tokens = select_tokens(rules, batch, training, self._rows, self._notices)
         if later:
             tokens = replace(tokens, first_BS=tokens.first_BS[:, :width], last_BS=tokens.last_BS[:, :width])
         if not call.in_encoder and call.generation is None:
@@ -222,7 +223,9 @@ def _used_directions(rules: Rules, call: Call, batch: Batch, training: bool) -> 
         if training:
             raise ValueError(
                 f"The adapter has subspaces ({', '.join(sizes)}), and the training batch does not say which its "
-                "examples use. Pass subspaces [batch] with it: numbers of groups, or names."
+                "examples use. Pass subspaces [batch] with it: numbers of groups, or names. transformers' Trainer "
+                "passes on a dataset's column of that name; where rows go through a collator of your own, wrap it in "
+                "peft_reft.ColumnsCollator(collator)."
             )
         return None
     if generation is None:

@@ -43,11 +43,6 @@ UNTOLD = (
     "last of them are edited. If it holds answers, that is not what training and generate edit. Pass prompt_lengths "
     "[batch], or set response_template in ReftConfig, the text that answers begin after, and let each row hold it."
 )
-NO_PROMPT = (
-    "A batch is evaluated whose labels mask no prompt, so nothing is edited in such rows: their score is the base "
-    "model's. Mask the prompts with labels of -100, or set response_template in ReftConfig, the text that answers "
-    "begin after."
-)
 SEVERAL_ANSWERS = (
     "Labels tell several answers in one row, and no response_template tells where prompts end. Training edits "
     "{edited}, and generate takes a whole conversation for one prompt: for a later answer they edit different "

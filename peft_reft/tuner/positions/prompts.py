@@ -60,8 +60,20 @@ class Sequences:
         rows, width = self.real_BS.shape
         if not self.packed:
             return value_N[:, None].expand(rows, width, *value_N.shape[1:])
+        return value_N[self._number_F].unflatten(0, (rows, width))
+
+    def any_of_each(self, masks_KBS: Tensor) -> Tensor:
+        """Whether each sequence has a token of a mask, for several masks: [K, B, S] becomes [K, N], bool."""
+        if not self.packed:
+            return masks_KBS.any(dim=2)
+        counts_KN = torch.zeros(masks_KBS.shape[0], self.count, dtype=torch.int64, device=masks_KBS.device)
+        return counts_KN.index_add_(1, self._number_F, (masks_KBS & self.real_BS).flatten(1).long()) > 0
+
+    @cached_property
+    def _number_F(self) -> Tensor:
+        """The number of each token's sequence, from 0, in the flattened batch. Padding has that of its neighbour."""
         opened_F = (self.start_BS & self.real_BS).flatten().cumsum(dim=0)
-        return value_N[(opened_F - 1).clamp(min=0)].unflatten(0, (rows, width))
+        return (opened_F - 1).clamp(min=0)
 
 
 @dataclass(frozen=True)
