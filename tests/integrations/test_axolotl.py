@@ -287,8 +287,8 @@ PLAIN_CHATS = [
     }
 ]
 BRACKETS = {
-    "chat_template_jinja": "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}<|im_end|>{% else %}"
-    "[INST] {{ m.content.strip() }} [/INST]{% endif %}{% endfor %}"
+    "chat_template_jinja": "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}<|im_end|>"
+    "{% elif m.role == 'user' %}[INST] {{ m.content.strip() }} [/INST]{% endif %}{% endfor %}"
 }
 
 
