@@ -24,6 +24,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
         "merging",
         "nested",
         "chat_template",
+        "rules",
         "peft_type",
         "peft_api",
         "engines_api",

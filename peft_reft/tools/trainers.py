@@ -16,9 +16,9 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 
 from ..tuner.forward.context import ForwardContext
-from ..tuner.model import use_tokenizer
 from ..tuner.positions.batch import REFT_ARGUMENTS
 from ..tuner.positions.unedited import counted
+from ..tuner.rules import use_tokenizer
 from ..tuner.versions import require
 from .collator import ColumnsCollator
 

@@ -14,10 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from axolotl_runs import LORA, LORA_ON_A_CPU, TO_REFT, axolotl, fill, finds_plugins
+from models import chat_model, randomize, tokenizer
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_reft import ReftConfig
+from peft_reft import ReftConfig, find_response_template
 
 
 pytest.importorskip("axolotl", reason="needs the extra `axolotl`")
@@ -222,6 +223,23 @@ def test_options_that_choose_labels_move_no_edit(folder, trained_on):
         assert first.endswith("L[ass]L[istant]L[\\n]") and "L[" not in rest
     saved = run.notes["config"]
     assert saved["response_template"] == AutoTokenizer.from_pretrained(folder / "base")(OPENING)["input_ids"]
+
+
+def test_the_perplexity_metric_is_a_number():
+    """`eval_causal_lm_metrics: [perplexity]` scores texts with labels for all of their tokens. A text without
+    a prompt has nothing to edit, and one of a conversation is edited where `generate` would edit it."""
+    from axolotl.utils.callbacks.perplexity import Perplexity
+
+    tokens, base = tokenizer(), chat_model()
+    model = get_peft_model(base, ReftConfig(r=4, response_template=find_response_template(tokens))).eval()
+    randomize(model)
+    chat = [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue, I think."}]
+    texts = ["The answer is not known to me.", tokens.apply_chat_template(chat, tokenize=False)]
+    plain, conversation = (Perplexity(tokens, max_seq_len=128).compute(model=model, references=[one]) for one in texts)
+    with model.disable_adapter():
+        untouched = [Perplexity(tokens, max_seq_len=128).compute(model=model, references=[one]) for one in texts]
+    assert plain["score"] == pytest.approx(untouched[0]["score"])
+    assert conversation["score"] != pytest.approx(untouched[1]["score"], rel=1e-3)
 
 
 def test_dpo(folder):

@@ -22,7 +22,7 @@ ROWS = [
     ["tuner.forward"],
     ["tuner.peft_type", "tuner.nested", "tuner.merging", "tuner.chat_template"],
     ["tuner.config"],
-    ["tuner.layer", "tuner.targets"],
+    ["tuner.layer", "tuner.targets", "tuner.rules"],
     ["tuner.model"],
     ["tuner"],  # its __init__
     ["tools", "conversion", "evaluation"],
