@@ -11,8 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model,
 from typing_extensions import Self
 
 from peft_reft import ReftConfig
+from peft_reft.tuner.chat_template import AUTO
 from peft_reft.tuner.config import own_fields
 from peft_reft.tuner.interventions.formulas import INTERVENTIONS
+
+from .template import WAYS_OUT, has_chats_alone
 
 
 # LoRA keys that mean the same for ReFT -> the field of ReftConfig that each one sets.
@@ -131,23 +134,14 @@ def _check_merge(cfg: Any, config: ReftConfig) -> None:
 
 
 def _check_prompts_are_known(cfg: Any, config: ReftConfig) -> None:
-    """Refuse settings of axolotl with which nothing says where prompts end, before a model is loaded."""
-    if config.spec.all_tokens or config.response_template is not None:
+    """Refuse settings of axolotl with which nothing says where prompts end, before anything is loaded. Where chat
+    templates may say it, they are looked at when the datasets are loaded (template.py)."""
+    if config.spec.all_tokens or config.response_template not in (None, AUTO):
         return
-    ways_out = (
-        "set reft: response_template: to the text that your answers begin after (for example '### Response:', or "
-        "'<|im_start|>assistant\\n'), or reft: positions: all"
-    )
-    if getattr(cfg, "train_on_inputs", None):
+    if getattr(cfg, "train_on_inputs", None) and not has_chats_alone(cfg):
         raise ValueError(
             "train_on_inputs: true leaves no label masked, so labels do not say where prompts end, and ReFT edits "
-            f"tokens of the prompt. Set train_on_inputs: false; or, to train on inputs too, {ways_out}."
-        )
-    rl = getattr(cfg, "rl", None)
-    if rl is not None and str(getattr(rl, "value", rl)) not in TOLD_BY_COLLATOR:
-        raise ValueError(
-            f"rl: {getattr(rl, 'value', rl)} gives the model no labels and no key that a collator adds, so nothing "
-            f"says where prompts end, and ReFT edits tokens of the prompt. For this trainer, {ways_out}."
+            f"tokens of the prompt. Set train_on_inputs: false. {WAYS_OUT}"
         )
 
 

@@ -23,6 +23,7 @@ CALLED = (
     "axolotl.loaders.adapter:_get_peft_task_type",
     "axolotl.loaders.model:ModelLoader.load",
     "axolotl.loaders.tokenizer:load_tokenizer",
+    "axolotl.utils.chat_templates:get_chat_template_from_config",
 )
 # Hooks of axolotl that the plugin overrides. axolotl declares each hook that it calls on BasePlugin.
 HOOKS = (
@@ -30,6 +31,7 @@ HOOKS = (
     "get_adapter_capabilities",
     "get_input_args",
     "load_adapter",
+    "load_datasets",
     "pre_lora_load",
     "register",
 )
@@ -61,6 +63,13 @@ def tokenizer_of(cfg: Any) -> PreTrainedTokenizerBase:
     from axolotl.loaders.tokenizer import load_tokenizer
 
     return load_tokenizer(cfg)
+
+
+def chat_template_of(cfg: Any, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template by which axolotl renders a dataset of type: chat_template."""
+    from axolotl.utils.chat_templates import get_chat_template_from_config
+
+    return get_chat_template_from_config(cfg=cfg, ds_cfg=dataset, tokenizer=tokenizer)
 
 
 def build_base_as_for_lora() -> None:

@@ -28,7 +28,7 @@ from ..versions import gone, require, way_out
 try:
     from transformers import AutoTokenizer, GenerationConfig
     from transformers.activations import ACT2FN
-    from transformers.cache_utils import Cache
+    from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
     from transformers.pytorch_utils import Conv1D
 except ImportError as error:
@@ -38,6 +38,7 @@ __all__ = ["ACT2FN", "AutoTokenizer", "Cache", "Conv1D", "bytes_to_unicode"]
 
 RELIED_ON = (
     "transformers.cache_utils:Cache.get_seq_length",  # how many tokens a cache holds
+    "transformers.cache_utils:DynamicLayer.crop",  # removes columns that were read for another prompt
     "transformers.cache_utils:Cache.is_linear",  # which of its layers hold recurrent states instead of tokens
     "transformers.generation.utils:GenerationMixin.generate",  # runs every forward of the prompt and of decoding
     "transformers.modeling_utils:PreTrainedModel.can_generate",  # whether labels are answers, without a task type
@@ -221,6 +222,31 @@ def find_past_of_generate(model_name: str, kwargs: Mapping[str, Any]) -> Past | 
     """
     known = {name: value for name, value in kwargs.items() if name in (*CACHES, *STATES) or isinstance(value, Cache)}
     return find_past(model_name, known)
+
+
+def crop_cache(cache: Cache, columns: int) -> bool:
+    """Remove the last columns of a cache, so that they can be read again.
+
+    Args:
+        cache (`Cache`): The cache. Changed in place.
+        columns (`int`): How many columns to remove.
+
+    Returns:
+        `bool`: Whether they were removed. False: a cache of this kind keeps a state, or a window, that has forgotten
+            what was before, and it is as it was.
+    """
+    layers = list(getattr(cache, "layers", ()))
+    # Of these types themselves: a subclass may have a window or a state. StaticLayer has no crop before 5.24.
+    if not layers or not all(
+        type(layer) in (DynamicLayer, StaticLayer) and hasattr(layer, "crop") for layer in layers
+    ):
+        return False
+    length = int(cache.get_seq_length())
+    for layer in layers:
+        layer.crop(-columns)
+    if int(cache.get_seq_length()) != length - columns:
+        raise RuntimeError(gone("transformers", "a crop of negative numbers in the layers of a Cache"))
+    return True
 
 
 # -- generate ---------------------------------------------------------------------------------------------------------
