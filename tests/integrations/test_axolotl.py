@@ -259,6 +259,7 @@ def test_tokens_that_lora_would_train_are_trained():
         ({"adapter": "lora", "reft": {"positions": "f1"}}, r"reft: is set, but adapter: lora is not a ReFT adapter"),
         ({"peft_layers_to_transform": [9]}, r"layers_to_transform=\[9\] asks for layers that don't exist: \[9\]"),
         ({"train_on_inputs": True}, r"train_on_inputs: true leaves no label masked.*response_template"),
+        ({"optimizer": "muon"}, r"optimizer: muon steps matrices.*adamw"),
         ({"rl": "orpo"}, r"rl: orpo gives the model no labels.*response_template"),
         ({"reft": {"prompt_boundary": "last"}}, r"prompt_boundary"),
     ],
