@@ -31,5 +31,5 @@ def refuse_export() -> None:
     Raises:
         NotImplementedError: when torch.export is recording a graph.
     """
-    if torch.compiler.is_exporting():
+    if getattr(torch.compiler, "is_exporting", lambda: False)():  # torch has it from 2.7 on
         raise NotImplementedError(f"{NO_EXPORT}.")
