@@ -97,6 +97,7 @@ class _Args(BaseModel):
             config = reft_config(self)
             if getattr(self, "merge_lora", None):
                 _check_merge(self, config)
+            _check_optimizer(self)
             _check_prompts_are_known(self, config)
         elif self.reft is not None:
             raise ValueError(
@@ -130,6 +131,17 @@ def _check_merge(cfg: Any, config: ReftConfig) -> None:
         raise ValueError(
             f"merge_method: {method or 'memory_efficient'} adds up LoRA's matrices file by file, and knows no other "
             "adapter. Nothing was written. Set merge_method: legacy, which has PEFT merge the loaded model."
+        )
+
+
+def _check_optimizer(cfg: Any) -> None:
+    """Refuse optimizers for matrices alone. axolotl would stop at the first step, with a bare number for a message."""
+    optimizer = getattr(cfg, "optimizer", None)
+    name = str(getattr(optimizer, "value", optimizer))
+    if name.startswith("muon"):
+        raise ValueError(
+            f"optimizer: {name} steps matrices, and the weights of adapter: {cfg.adapter} have three dimensions. Set "
+            "optimizer: adamw_torch_fused, or adamw_8bit."
         )
 
 

@@ -30,12 +30,19 @@ ANSWERING = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 T = TypeVar("T", bound=type)
 
 
-def _refuses_unknown_fields(config_class: T) -> T:
-    """Class decorator: a saved config with a field that this version does not know raises a ValueError. PEFT would
-    drop the field with a warning, and the adapter might then edit otherwise than it was trained to.
+# The number of the format in which configs are saved. A version that adds a field by which an adapter edits otherwise
+# raises it, and saves it as `reft_format`, so that older versions refuse what they would misread.
+FORMAT = 0
 
-    An unknown field that is null, false or empty is left to PEFT. So a field that a later version adds must have such
-    a default.
+
+class UnusableConfig(ValueError, TypeError):
+    """An adapter_config.json that can't be used. A TypeError too, as PEFT's error for one without a required key."""
+
+
+def _refuses_later_formats(config_class: T) -> T:
+    """Class decorator: a saved config of a later format, with a field that this version does not know, raises a
+    ValueError. PEFT would drop the field with a warning, and the adapter might then edit otherwise than it was trained
+    to. Any other unknown field is left to PEFT's warning.
     """
     init = config_class.__init__  # type: ignore[misc]
 
@@ -45,17 +52,17 @@ def _refuses_unknown_fields(config_class: T) -> T:
         unknown = {
             key: value for key, value in kwargs.items() if key not in known and value not in (None, False, [], {}, "")
         }
-        # Only a saved config has "peft_type". A misspelt keyword in a program stays a TypeError, as for any class. One
-        # without a template was saved by a version that did not look for any: its adapter was trained without.
+        # Only a saved config has "peft_type". One without a template was saved by a version that did not look for any: its
+        # adapter was trained without.
         if "peft_type" in kwargs:
             kwargs.setdefault("response_template", None)
-        if unknown and "peft_type" in kwargs:
+        later = kwargs.pop("reft_format", None) or 0
+        if unknown and later > FORMAT:
             raise ValueError(
                 "The saved config has "
-                + ", ".join(f"{key}={value!r}" for key, value in sorted(unknown.items()))
-                + ", which this version does not know and which may change what the adapter edits. A newer peft_reft "
-                "or PEFT saved it: upgrade both. If you know that the adapter works without, delete it from "
-                "adapter_config.json."
+                + ", ".join(f"{key}={value!r}" for key, value in sorted(unknown.items()) if key != "reft_format")
+                + f" and reft_format={later}: fields of a newer peft_reft, which may change what the adapter edits. "
+                f"This version knows format {FORMAT}: upgrade peft_reft and PEFT."
             )
         init(self, *args, **kwargs)
 
@@ -74,7 +81,7 @@ def _described_by_its_docstring(config_class: T) -> T:
     return config_class
 
 
-@_refuses_unknown_fields
+@_refuses_later_formats
 @_described_by_its_docstring
 @dataclass
 class ReftConfig(PeftConfig):
@@ -293,7 +300,8 @@ class ReftConfig(PeftConfig):
         indices = [layers] if not isinstance(layers, (list, tuple, range, set)) else list(layers)
         if not indices or any(not _is_int(index) or index < 0 for index in indices):
             _reject("layers_to_transform", layers, "None, or indices of layers from 0", "layers_to_transform=[8, 16]")
-        self.layers_to_transform = sorted(set(indices))
+        if not isinstance(layers, int):  # one index stays as it was given, as in LoraConfig
+            self.layers_to_transform = sorted(set(indices))
 
     @classmethod
     def from_pretrained(
@@ -311,7 +319,7 @@ class ReftConfig(PeftConfig):
         try:
             config = super().from_pretrained(str(pretrained_model_name_or_path), subfolder, **kwargs)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"The adapter_config.json of {where!r} can't be used: {error}") from error
+            raise UnusableConfig(f"The adapter_config.json of {where!r} can't be used: {error}") from error
         if isinstance(config, cls):
             hub, _, _ = cls._split_kwargs(kwargs)
             check_file(pretrained_model_name_or_path, config, **{"subfolder": subfolder, **hub})

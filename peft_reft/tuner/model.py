@@ -262,8 +262,8 @@ class ReftModel(BaseTuner):
             layer.refuse_merge(name)
             if safe_merge and not all(weight is None or weight.isfinite().all() for weight in layer.weights(name)):
                 raise ValueError(
-                    f"NaNs detected in the merged weights, or infinity: the adapter {name!r} seems to be broken in "
-                    f"{layer.name!r}. Nothing was merged."
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken: it holds NaN or "
+                    f"infinity in {layer.name!r}. Nothing was merged."
                 )
         refuse_shared_weights(self.model, {layer.name: layer.get_base_layer() for layer, _ in targets})
         backends = {layer.quantization_backend.backend_name for layer, _ in targets if layer.quantization_backend}

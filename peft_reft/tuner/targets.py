@@ -228,8 +228,9 @@ def _in_layers(names: list[str], config: ReftConfig) -> list[str]:
     Raises:
         ValueError: when no module lies in one of these layers.
     """
-    wanted = config.layers_to_transform
-    assert isinstance(wanted, list)
+    given = config.layers_to_transform
+    assert given is not None
+    wanted = [given] if isinstance(given, int) else given
     patterns = config.layers_pattern or [r"[^.]+"]
     patterns = [patterns] if isinstance(patterns, str) else patterns
     index_of: dict[str, int] = {}

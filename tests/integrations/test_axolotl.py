@@ -338,6 +338,7 @@ BRACKETS = {
             {"datasets": [{"path": "talks.jsonl", "type": "chat_template"}, {**PLAIN_CHATS[0], **BRACKETS}]},
             r"open answers in different ways: datasets\[0\].*datasets\[1\].*Set one chat_template: for all",
         ),
+        ({"optimizer": "muon"}, r"optimizer: muon steps matrices.*adamw"),
         ({"reft": {"prompt_boundary": "last"}}, r"prompt_boundary"),
     ],
     ids=str,

@@ -250,3 +250,30 @@ def test_a_loss_of_ones_own(tmp_path, monkeypatch):
     model = adapted(positions="l1")
     seen = Seen(model, monkeypatch)
     assert moved(trainer(model, by_column, tmp_path, **settings)) and seen.edited == [[3], [3]]
+
+
+# -- optimizers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
+def test_muon_is_for_other_weights():
+    """Muon steps matrices, and refuses ReFT's weights of three dimensions. The way out: it steps the matrices of other
+    modules that are trained, and AdamW those of ReFT."""
+    model = adapted(modules_to_save=["lm_head"])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with pytest.raises(ValueError, match="Muon only supports 2D parameters"):
+        torch.optim.Muon(trained)
+    matrices = [parameter for name, parameter in model.named_parameters() if "modules_to_save" in name]
+    others = [parameter for parameter in trained if all(parameter is not matrix for matrix in matrices)]
+    optimizers = [torch.optim.Muon(matrices), torch.optim.AdamW(others)]
+    before = [parameter.detach().clone() for parameter in trained]
+    batch = {key: torch.tensor([value]) for key, value in row(4, seed=1).items()}
+    for _ in range(2):  # where W = R, as at the start, R has no gradient
+        model.train()(**batch).loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(not torch.equal(parameter, old) for parameter, old in zip(trained, before))
+    R = model.base_model._layers[0].reft_R["default"]
+    model.state_dict()  # makes R orthonormal
+    torch.testing.assert_close(R @ R.mT, torch.eye(4).expand(2, 4, 4), rtol=0, atol=1e-5)

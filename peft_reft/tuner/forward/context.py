@@ -26,6 +26,7 @@ from ..positions.selection import Selection
 from ..positions.spec import Rules
 from .checkpointing import BackwardStop, bind_checkpoints, unbind_checkpoints
 from .generation import Generation, given_input, given_prompts, refuse_unknown_prompts
+from .graphs import outside_graphs, refuse_export
 from .mixed import MixedBatch
 from .plan import Layer, ModelState, plan, with_own_weights
 from .probe import UnconfirmedLayouts
@@ -171,10 +172,11 @@ class ForwardContext:
     # These hooks are not compiled: they read the cache, the batch and the state of the weights. Their results, index
     # tensors of few different shapes, are inputs of the compiled layers.
 
-    @torch.compiler.disable
+    @outside_graphs
     def _before_forward(
         self, model: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
+        refuse_export()
         call, generation = self.state.call, self.state.call.generation
         if generation is not None and generation.skips_decoding and generation.decodes(kwargs):
             call.jobs, call.skipped = {}, True
