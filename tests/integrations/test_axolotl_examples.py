@@ -57,7 +57,8 @@ REFUSED = {
     "completion": ({"datasets": [{"path": "x", "type": "completion"}]}, r"type: completion has texts without"),
     "vision": ({"processor_type": "AutoProcessor", "chat_template": "llava"}, r"llava: axolotl knows no role bound"),
     "relora": ({"relora": True, "jagged_restart_steps": 5}, r"Remove relora:"),
-    **{rl: ({"rl": rl}, rf"rl: {rl} gives the model no labels") for rl in ("orpo", "simpo", "grpo", "ebft")},
+    **{rl: ({"rl": rl}, rf"rl: {rl} gives the model no labels") for rl in ("orpo", "simpo", "grpo")},
+    "ebft": ({"rl": "ebft", "ebft": {"mode": "strided"}}, r"rl: ebft gives the model no labels"),
 }
 
 
