@@ -275,15 +275,3 @@ def test_an_adapter_of_another_kind_in_lora_model_dir(folder, trained, tmp_path)
     config = LORA | TO_REFT | {"adapter": "direft", "lora_model_dir": str(trained.out)}
     run = axolotl(folder, "inference", config, name="other_kind", stdin="x")
     assert run.code != 0 and re.search("holds an adapter of kind loreft.*Set adapter: loreft", run.output)
-
-
-def test_a_trainer_without_labels_trains_once_a_template_is_known(folder):
-    """`adapter: reft` is loreft, and options that validation grants to LoRA alone do not disturb a run."""
-    data = [{"path": str(folder / "pairs.jsonl"), "split": "train"}]
-    config = LORA | TO_REFT | SHORT | {"adapter": "reft", "rl": "orpo", "datasets": data, "max_steps": 2}
-    config |= {"remove_unused_columns": False, "reft": {"response_template": "?"}}
-    run = axolotl(folder, "train", config, name="orpo", probe=False)
-    assert run.code == 0, run.output[-6000:]
-    assert len(run.losses) == 2
-    assert "learning_rate: 0.01 is high for adapter: loreft" in run.output
-    assert PeftConfig.from_pretrained(run.out).intervention == "loreft"
