@@ -37,6 +37,22 @@ HOOKS = (
 )
 
 
+# Chat templates whose strategies, in axolotl.processing_strategies, build role boundaries. Strategies of other
+# templates are chosen by the processor's class, or mask padding and images only.
+ROLES_OF_TEMPLATES = {
+    "gemma3",
+    "gemma3n",
+    "gemma4",
+    "gemma4_unified",
+    "llama3_2_vision",
+    "llama4",
+    "mistral_v7_tekken",
+    "pixtral",
+    "qwen2_vl",
+    "qwen3_5",
+}
+
+
 @functools.cache
 def check_axolotl() -> None:
     """Check once that axolotl has the pieces that the plugin relies on.
@@ -70,6 +86,22 @@ def chat_template_of(cfg: Any, dataset: Any, tokenizer: PreTrainedTokenizerBase)
     from axolotl.utils.chat_templates import get_chat_template_from_config
 
     return get_chat_template_from_config(cfg=cfg, ds_cfg=dataset, tokenizer=tokenizer)
+
+
+def has_fsdp1() -> bool:
+    """Whether `fsdp_config:` without a version means FSDP1: axolotl 0.21 has FSDP2 alone, and says so."""
+    from axolotl.utils.schemas import validation
+
+    return not hasattr(validation, "FSDP1_MIGRATION_DOCS")
+
+
+def knows_role_boundaries(chat_template: str, model_type: str | None) -> bool:
+    """Whether axolotl masks labels by roles in a batch with images, for a chat template that it has by name."""
+    from axolotl.model_support import get_model_support, resolve_model_support
+
+    support = resolve_model_support(get_model_support(model_type) or get_model_support(chat_template))
+    registered = support is not None and support.strategies.processing_strategy_cls is not None
+    return registered or chat_template in ROLES_OF_TEMPLATES
 
 
 def build_base_as_for_lora() -> None:

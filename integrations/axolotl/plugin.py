@@ -21,8 +21,9 @@ from peft_reft.tuner.forward.transformers_api import text_template
 from peft_reft.tuner.interventions.formulas import INTERVENTIONS
 
 from . import axolotl_api
-from .args import TOLD_BY_COLLATOR, is_reft, meaningless_keys, reft_config
+from .args import meaningless_keys, reft_config
 from .template import find_template
+from .validation import TOLD_BY_COLLATOR, about_learning_rate, is_reft, own_name
 
 
 if TYPE_CHECKING:
@@ -39,12 +40,14 @@ class ReftPlugin(BasePlugin):
         return "peft_reft.integrations.axolotl.ReftArgs" if self._is_first() else None
 
     def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
-        return [AdapterCapabilities(name=name) for name in INTERVENTIONS]
+        return [AdapterCapabilities(name=name) for name in (*INTERVENTIONS, "reft")]
 
     def register(self, cfg: DictDefault) -> None:
         """Remove the LoRA keys that have no meaning for ReFT, and name them in a warning."""
-        if not is_reft(cfg.get("adapter")):
+        adapter = own_name(cfg.get("adapter"))
+        if not is_reft(adapter):
             return
+        cfg["adapter"] = adapter
         axolotl_api.check_axolotl()
         axolotl_api.build_base_as_for_lora()
         ignored = meaningless_keys(cfg)
@@ -52,6 +55,10 @@ class ReftPlugin(BasePlugin):
             LOG.warning("adapter: %s has no use for these LoRA keys, ignored: %s", cfg["adapter"], ", ".join(ignored))
         for key in ignored:
             del cfg[key]
+        remark = about_learning_rate(cfg)
+        if remark is not None:
+            level, line = remark
+            getattr(LOG, level)(line)
 
     def pre_lora_load(self, cfg: DictDefault, model: PreTrainedModel) -> None:
         """Set `adapter:` back to the YAML's value, once the base model is built as LoRA's is."""
