@@ -111,7 +111,8 @@ class Selector:
             return call.generation.select(rules, batch, past)
         read = 0 if past is None else _length(rules, past)
         if read == 0 or batch.given_by_caller is not None:
-            return self._select_in_batch(rules, batch, call, training, read)
+            is_part = past is not None or call.arguments.get("use_cache") is True
+            return self._select_in_batch(rules, batch, call, training, read, is_part)
         _refuse_several_tokens(batch, read)
         return None  # a decode step
 
@@ -139,15 +140,19 @@ class Selector:
         self._checks.require(numbered[None], _refuse_late_numbers)
         return replace(batch, attention_mask=mask != 0)
 
-    def _select_in_batch(self, rules: Rules, batch: Batch, call: Call, training: bool, past: int = 0) -> Selection:
+    def _select_in_batch(
+        self, rules: Rules, batch: Batch, call: Call, training: bool, past: int = 0, is_part: bool = False
+    ) -> Selection:
         """The tokens that an adapter edits in a batch.
 
         Where the batch continues a cache of `past` tokens, the caller has given the length of each whole prompt, and
-        the tokens after the first `past` are returned. So a prompt may be fed in parts, each with that length.
+        the tokens after the first `past` are returned. Where it may be followed by the rest of its prompts (`is_part`,
+        the caller asks for a cache), a longer prompt than the batch goes on in a later call. Else lengths end with the
+        batch.
         """
         width = past + batch.shape[1]
         later = 0  # tokens of the longest prompt that later calls will be fed
-        if batch.prompt_lengths is not None and not training and not batch.sequences.packed:
+        if is_part and batch.prompt_lengths is not None and not training:
             later = max(0, int(batch.prompt_lengths.max()) - width)
         if past + later > 0:
             batch = _whole(batch, width + later, later)
