@@ -52,8 +52,8 @@ def _refuses_later_formats(config_class: T) -> T:
         unknown = {
             key: value for key, value in kwargs.items() if key not in known and value not in (None, False, [], {}, "")
         }
-        # Only a saved config has "peft_type". One without a template was saved by a version that did not look for any: its
-        # adapter was trained without.
+        # Only a saved config has "peft_type". One without a template was saved by a version that did not look for any:
+        # its adapter was trained without.
         if "peft_type" in kwargs:
             kwargs.setdefault("response_template", None)
         later = kwargs.pop("reft_format", None) or 0

@@ -88,8 +88,8 @@ if __name__ == "__main__":
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    # What follows would be the interpreter's shutdown, in which torch's and DeepSpeed's libraries have aborted a process
-    # whose trainings were over ("terminate called without an active exception", one run in some dozens).
+    # What follows would be the interpreter's shutdown, in which torch's and DeepSpeed's libraries have aborted a
+    # process whose trainings were over ("terminate called without an active exception", one run in some dozens).
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
