@@ -39,6 +39,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
         "mixed",
         "probe",
         "checkpointing",
+        "graphs",
         "reuse",
         "saving",
         "transformers_api",

@@ -31,7 +31,7 @@ def mark_cache(output: Any, edited: Mapping[str, SelectedTokens]) -> None:
     Args:
         output: The output of the forward.
         edited (`Mapping[str, SelectedTokens]`): Adapter name -> the tokens that it edited, from the first token of the
-            cache on.
+            cache on or, where the caller named them by an intervention_mask, from the first token of the forward on.
 
     Raises:
         ValueError: when the forward has read the rest of prompts by their lengths, and their beginning was edited as a
@@ -41,6 +41,8 @@ def mark_cache(output: Any, edited: Mapping[str, SelectedTokens]) -> None:
     for cache in values:
         if isinstance(cache, Cache):
             before: dict[str, Tensor] = getattr(cache, ATTRIBUTE, {})
+            if before and any(tokens.origin == "intervention_mask" for tokens in edited.values()):
+                continue  # such a mask counts from the first token of this forward, not of the cache
             marks = {name: _groups(tokens) for name, tokens in edited.items()}
             for name, mark_BS in marks.items() if before else ():
                 read = min(mark_BS.shape[1], next(iter(before.values())).shape[1])
