@@ -132,15 +132,6 @@ def test_a_processor_is_asked_by_its_tokenizer():
 # -- in a model -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
-    """A tiny chat model with its tokenizer, as a folder."""
-    folder = tmp_path_factory.mktemp("chat")
-    chat_model().save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 def base(checkpoint: str):
     from transformers import AutoModelForCausalLM
 
