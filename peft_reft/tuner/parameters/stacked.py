@@ -93,42 +93,37 @@ class Stacked:
 class InferenceWeights:
     """The stacks of a model's adapters, cached for forwards that compute no gradient of the weights.
 
-    An entry is valid until one of its parameters is replaced or written to, or `forget` is called: by the hook of
-    optimizer steps, and where callbacks write through a parameter's `data`, which no version counter shows.
+    An entry is valid until one of its parameters is replaced or written to, or the era of the parameters ends: at a
+    step of an optimizer, and where callbacks write through a parameter's `data`, which no version counter shows.
     """
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[str, str], tuple[int, list[nn.Parameter], list[int], Stacked]] = {}
-        self._age = 0  # bumped by forget(); an entry that another thread built before that is discarded
+        self._entries: dict[tuple[str, str], tuple[object, list[nn.Parameter], list[int], Stacked]] = {}
 
     def __getstate__(self) -> dict:
-        return {"_entries": {}, "_age": 0}
+        return {"_entries": {}}
 
-    def forget(self) -> None:
-        """Discard all entries."""
-        self._age += 1
-        self._entries.clear()
-
-    def of(self, layers: Sequence[LayerAdapter]) -> Stacked:
+    def of(self, layers: Sequence[LayerAdapter], era: object) -> Stacked:
         """The weights of an adapter, from the cache where they are still valid.
 
         Args:
             layers (`Sequence[LayerAdapter]`): The adapter in all layers of the encoder that have it, or in all other
                 layers.
+            era (`object`): The era of the parameters, from before they were read.
         """
         if distributed.is_distributed():  # FSDP2 refills parameters, which no version counter shows
             return _stack_without_graph(layers)
         parameters = [one for layer in layers for one in layer.parameters if one is not None]
-        age, versions = self._age, [0 if one.is_inference() else one._version for one in parameters]
+        versions = [0 if one.is_inference() else one._version for one in parameters]
         key = (layers[0].adapter_name, layers[0].layer_name)
         entry = self._entries.get(key)
         if entry is not None:
-            known_age, known, known_versions, stacked = entry
-            if known_age == age and known_versions == versions and len(known) == len(parameters):
+            known_era, known, known_versions, stacked = entry
+            if known_era is era and known_versions == versions and len(known) == len(parameters):
                 if all(map(operator.is_, parameters, known)):
                     return stacked
         stacked = _stack_without_graph(layers)
-        self._entries[key] = (age, parameters, versions, stacked)
+        self._entries[key] = (era, parameters, versions, stacked)
         return stacked
 
 
