@@ -31,6 +31,12 @@ def replace_parameter(model: PeftModel) -> None:
     layer.reft_W["default"] = nn.Parameter(torch.randn_like(layer.reft_W["default"]))
 
 
+def replace_the_dict(model: PeftModel) -> None:
+    """As compressed-tensors does for modules that it offloads."""
+    weights = layers_of(model)[1].reft_b
+    weights._parameters = {name: nn.Parameter(torch.randn_like(b)) for name, b in weights._parameters.items()}
+
+
 @torch.no_grad()
 def write_to_a_bias(model: PeftModel) -> None:
     weight(layers_of(model)[2], "b").add_(1.0)
@@ -67,6 +73,7 @@ CHANGES: dict[str, Callable[[PeftModel], None]] = {
     "one layer switched off": switch_off_one_layer,
     "deleted": delete,
     "a replaced parameter": replace_parameter,
+    "a replaced dict": replace_the_dict,
     "a write to b": write_to_a_bias,
     "a write to R": write_to_a_basis,
     "a write through data, then eval()": data_and_eval,

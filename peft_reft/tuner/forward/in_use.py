@@ -48,9 +48,9 @@ class AdaptersInUse:
             self.first.setdefault(adapter.adapter_name, adapter)
             self.by_name[adapter.in_encoder].setdefault(adapter.adapter_name, []).append(adapter)
         self._era: object | None = None
-        # One for each parameter: its dict, its key there, and the parameter.
-        self._dicts: list[dict[str, Any]] = []
-        self._names: list[str] = []
+        # One for each parameter: its ParameterDict, whose `_parameters` an offloading library may replace, its name
+        # there, and the parameter.
+        self._places: list[tuple[Any, str]] = []
         self._known: list[Any] = []
 
     def remember(self, layers: Iterable[Any], era: object) -> None:
@@ -70,8 +70,7 @@ class AdaptersInUse:
         modules = {layer.name: layer._modules for layer in layers}
         own_modules = [modules[adapter.layer_name] for adapter in adapters]
         for adapter, own in zip(adapters, own_modules):
-            self._dicts += (own[name]._parameters for name in ("reft_R", "reft_W", "reft_b"))
-            self._names += [adapter.adapter_name] * 3
+            self._places += ((own[name], adapter.adapter_name) for name in ("reft_R", "reft_W", "reft_b"))
         self._known = [one for own in known for one in own]
         self._dropouts = [
             own["reft_dropout"]._modules[adapter.adapter_name] for adapter, own in zip(adapters, own_modules)
@@ -90,7 +89,7 @@ class AdaptersInUse:
         return (
             era is self._era
             and mixed == self.mixed
-            and all(map(operator.is_, map(dict.get, self._dicts, self._names), self._known))
+            and all(map(operator.is_, [weights._parameters.get(name) for weights, name in self._places], self._known))
             and self._read_state() == self._state
         )
 
