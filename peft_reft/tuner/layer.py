@@ -375,7 +375,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         call = self.state.call
         if call.skipped:
             return ()
-        in_use = self.adapters_in_use(None if call.mixed is None else call.mixed.adapters)
+        in_use = self.adapters_in_use(call.mixed_adapters)
         if any(self.reft_config[adapter.adapter_name].depends_on_batch for adapter in in_use):
             raise RuntimeError(
                 f"{self.name!r} ran without a Selection: it was called outside a forward of the whole model, so ReFT "

@@ -232,28 +232,28 @@ class ForwardContext:
         forward, ask each layer once, check weights that were replaced, and retract stale R."""
         state = self.state
         state.checks.settle()
-        call, era = state.call, state.era
-        call.edits = {}
-        mixed = None if call.mixed is None else call.mixed.adapters
-        in_use = state.in_use
-        if in_use is None or not in_use.hold(mixed, era):
-            in_use = self._adapters_in_use()
+        era = state.era
+        state.call.edits = {}
+        state.call.in_use = in_use = self._adapters_in_use()
+        if in_use is not state.in_use:
             for name, adapter in in_use.first.items():
                 # transformers' load_adapter sets new parameters without load_state_dict, whose hook would check them.
                 if self._validated.get(name) != id(adapter.R):
                     check_weights(self.layers, name)
                     self._validated[name] = id(adapter.R)
             retract_before_forward(model, self.all_bases())
-            if not model.training:  # in training, each step changes what the answers depend on
+            # In training, each step changes what the answers depend on. Engines gather parameters for each forward.
+            if not (model.training or distributed.is_distributed()):
                 in_use.remember(self.layers, era)
                 state.in_use = in_use
-        call.in_use = in_use
         return in_use
 
     def _adapters_in_use(self) -> AdaptersInUse:
-        """Ask each layer for its adapters in use."""
-        mixed = self.state.call.mixed
-        return AdaptersInUse(self.layers, None if mixed is None else mixed.adapters)
+        """The adapters in use: `ModelState.in_use` where its answers hold, else what the layers answer now."""
+        known, mixed = self.state.in_use, self.state.call.mixed_adapters
+        if known is not None and known.hold(mixed, self.state.era):
+            return known
+        return AdaptersInUse(self.layers, mixed)
 
     def _plan(self, module: nn.Module, arguments: dict[str, Any], in_encoder: bool) -> None:
         """Make the jobs of the layers of a module for its call.
@@ -295,8 +295,8 @@ class ForwardContext:
         selected = next((selection for selection in selections.values() if selection is not None), None)
         if self._unconfirmed and selected is not None and not replica:
             self._unconfirmed.before_edits(module, names, selected.edited_BS.shape, call)
-        own_devices = not replica
-        call.jobs.update(plan(names, in_use.by_side[in_encoder], selections, stacked, call.mixed, own_devices))
+        own = in_use.by_side[in_encoder]
+        call.jobs.update(plan(names, own, selections, stacked, call.mixed, on_own_devices=not replica))
         call.recomputed = None
 
     def _call(self, name: str, module: nn.Module, arguments: dict[str, Any], in_encoder: bool) -> Call:
@@ -329,7 +329,7 @@ class ForwardContext:
             return (Stacked(layers), True) if self.rules[name].depend_on_batch else None
         stacked = in_use.stacked.get((name, in_encoder))
         if stacked is None:
-            stacked = in_use.stacked[name, in_encoder] = self.state.weights.of(layers, self.state.weights_era)
+            stacked = in_use.stacked[name, in_encoder] = self.state.weights.of(layers)
         return stacked, False
 
     def _may_checkpoint_edits(self, model: nn.Module) -> Iterable[nn.Module]:

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from itertools import chain
 from typing import Any
 
-from ..parameters import distributed
 from ..parameters.stacked import LayerAdapter, Stacked
 
 
@@ -27,9 +25,9 @@ class AdaptersInUse:
     Attributes:
         by_side (`dict[bool, list[LayerAdapter]]`): Whether layers are in an encoder -> the adapters in use in them, in
             the order in which they edit.
-        first (`dict[str, LayerAdapter]`): Adapter name -> the adapter in the first layer that uses it.
-        layer_names (`dict[bool, list[str]]`): Whether layers are in an encoder -> their names, used or not.
         by_name (`dict[bool, dict[str, list[LayerAdapter]]]`): The same by adapter name.
+        layer_names (`dict[bool, list[str]]`): Whether layers are in an encoder -> their names, used or not.
+        first (`dict[str, LayerAdapter]`): Adapter name -> the adapter in the first layer that uses it.
         stacked (`dict[tuple[str, bool], Stacked]`): Adapter name and whether in an encoder -> its stacked weights,
             without gradient, once a forward has used them.
     """
@@ -43,10 +41,11 @@ class AdaptersInUse:
         self.stacked: dict[tuple[str, bool], Stacked] = {}
         for layer in layers:
             self.layer_names[layer.in_encoder].append(layer.name)
-            self.by_side[layer.in_encoder] += layer.adapters_in_use(mixed)
-        for adapter in self._all():
-            self.first.setdefault(adapter.adapter_name, adapter)
-            self.by_name[adapter.in_encoder].setdefault(adapter.adapter_name, []).append(adapter)
+            own = layer.adapters_in_use(mixed)
+            self.by_side[layer.in_encoder] += own
+            for adapter in own:
+                self.first.setdefault(adapter.adapter_name, adapter)
+                self.by_name[layer.in_encoder].setdefault(adapter.adapter_name, []).append(adapter)
         self._era: object | None = None
         # One for each parameter: its ParameterDict, whose `_parameters` an offloading library may replace, its name
         # there, and the parameter.
@@ -60,11 +59,10 @@ class AdaptersInUse:
             layers (`Iterable[ReftLayer]`): The layers that were asked.
             era (`object`): `ModelState.era` of before they were asked.
         """
-        # Engines gather parameters anew for each forward, and an inference tensor counts no versions.
         adapters = [*self.by_side[False], *self.by_side[True]]
         known = [(adapter.R, adapter.W, adapter.b) for adapter in adapters]
         parameters = [one for own in known for one in own if one is not None]
-        if distributed.is_distributed() or any(one.is_inference() for one in parameters):
+        if any(one.is_inference() for one in parameters):  # they count no versions
             return
         # Read `_modules` and `_parameters`: the lookups of Module and ParameterDict are slow.
         modules = {layer.name: layer._modules for layer in layers}
@@ -92,9 +90,6 @@ class AdaptersInUse:
             and all(map(operator.is_, [weights._parameters.get(name) for weights, name in self._places], self._known))
             and self._read_state() == self._state
         )
-
-    def _all(self) -> Iterable[LayerAdapter]:
-        return chain(self.by_side[False], self.by_side[True])
 
     def _read_state(self) -> tuple[list[int], list[Any], list[float]]:
         """The versions of the parameters; the dtype of each R, which a cast of its `data` changes alone; and dropout,

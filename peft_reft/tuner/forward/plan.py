@@ -46,6 +46,11 @@ class CallState(threading.local):
     edits: dict[Rules, SelectedTokens] = {}  # the tokens edited in this call, outside `generate`
     saving: bool = False  # the state dict of the whole model is being collected
 
+    @property
+    def mixed_adapters(self) -> Sequence[str] | None:
+        """The names of the adapters of a mixed batch. None: the batch is not mixed."""
+        return None if self.mixed is None else self.mixed.adapters
+
     def clear(self) -> None:
         """Reset what belongs to a forward, when the forward is over."""
         self.jobs = self.recomputed = self.given = self.in_use = None
@@ -64,7 +69,6 @@ class ModelState:
         unedited (`UneditedRows`): The counts of rows that hold no token to edit.
         in_use (`AdaptersInUse`, *optional*): The answers of the layers in an earlier forward.
         era (`object`): Another object after each change of a layer.
-        weights_era (`object`): Another object where parameters may have been written to unseen.
     """
 
     call: CallState = field(default_factory=CallState)
@@ -73,7 +77,6 @@ class ModelState:
     unedited: UneditedRows = field(init=False)
     in_use: AdaptersInUse | None = None
     era: object = field(default_factory=object)
-    weights_era: object = field(default_factory=object)
 
     def __post_init__(self) -> None:
         self.unedited = UneditedRows(self.checks)
@@ -85,7 +88,7 @@ class ModelState:
     def forget(self) -> None:
         """Drop all that was computed from parameters, because they may have been written to unseen."""
         self.changed()
-        self.weights_era = self.era
+        self.weights = InferenceWeights()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the call and the answers of layers: no call runs a model that has just been copied or unpickled,
@@ -93,7 +96,7 @@ class ModelState:
         return {"weights": self.weights, "checks": self.checks, "unedited": self.unedited}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, call=CallState(), in_use=None, era=object(), weights_era=object())
+        self.__dict__.update(state, call=CallState(), in_use=None, era=object())
 
 
 class Layer(Protocol):

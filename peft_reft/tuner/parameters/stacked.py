@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -90,26 +91,26 @@ class Stacked:
         return self._in_bfloat16[layer_name]
 
 
+@dataclass(eq=False)
 class InferenceWeights:
     """The stacks of a model's adapters, cached for forwards that compute no gradient of the weights.
 
-    An entry is valid until one of its parameters is replaced or written to, or the era of the parameters ends: at a
-    step of an optimizer, and where callbacks write through a parameter's `data`, which no version counter shows.
+    An entry is valid until one of its parameters is replaced or written to. `ModelState.forget` takes a new cache at a
+    step of an optimizer, and where callbacks write through a parameter's `data`, which no version counter shows; an
+    entry that another thread is building then goes to the old cache.
     """
 
-    def __init__(self) -> None:
-        self._entries: dict[tuple[str, str], tuple[object, list[nn.Parameter], list[int], Stacked]] = {}
+    _entries: dict[tuple[str, str], tuple[list[nn.Parameter], list[int], Stacked]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict:
         return {"_entries": {}}
 
-    def of(self, layers: Sequence[LayerAdapter], era: object) -> Stacked:
+    def of(self, layers: Sequence[LayerAdapter]) -> Stacked:
         """The weights of an adapter, from the cache where they are still valid.
 
         Args:
             layers (`Sequence[LayerAdapter]`): The adapter in all layers of the encoder that have it, or in all other
                 layers.
-            era (`object`): The era of the parameters, from before they were read.
         """
         if distributed.is_distributed():  # FSDP2 refills parameters, which no version counter shows
             return _stack_without_graph(layers)
@@ -118,12 +119,12 @@ class InferenceWeights:
         key = (layers[0].adapter_name, layers[0].layer_name)
         entry = self._entries.get(key)
         if entry is not None:
-            known_era, known, known_versions, stacked = entry
-            if known_era is era and known_versions == versions and len(known) == len(parameters):
+            known, known_versions, stacked = entry
+            if known_versions == versions and len(known) == len(parameters):
                 if all(map(operator.is_, parameters, known)):
                     return stacked
         stacked = _stack_without_graph(layers)
-        self._entries[key] = (era, parameters, versions, stacked)
+        self._entries[key] = (parameters, versions, stacked)
         return stacked
 
 
