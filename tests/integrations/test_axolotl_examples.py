@@ -18,6 +18,7 @@ pytest.importorskip("axolotl", reason="needs the extra `axolotl`")
 from models import chat_model, tokenizer
 from peft import get_peft_model
 from sweep_axolotl_examples import as_reft, examples, outcome, refusal
+from train_axolotl_examples import trained
 
 from peft_reft import ReftConfig
 
@@ -186,3 +187,27 @@ def test_every_example_is_validated_or_refused_clearly():
     outcomes = {name: outcome(config) for name, config in examples(Path(os.environ["AXOLOTL_EXAMPLES"]))}
     assert outcomes
     assert {name: said for name, said in outcomes.items() if said.startswith("UNCLEAR")} == {}
+
+
+# As examples of axolotl are, one of each kind of trainer.
+SMALL = LORA | {
+    "lora_target_linear": True,
+    "base_model": "meta-llama/Llama-3.2-1B",
+    "sequence_len": 512,
+    "load_in_4bit": True,
+    "bf16": "auto",
+}
+PAIRS = {"path": "x", "type": "chat_template.argilla"}
+KINDS = {
+    "alpaca": {},
+    "thoughts": {"base_model": "Qwen/Qwen3-8B", "datasets": [{"path": "x", "type": "chat_template"}]},
+    "orpo": {"rl": "orpo", "chat_template": "chatml", "datasets": [PAIRS], "remove_unused_columns": False},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_of_example_trains_on_a_tiny_model(kind):
+    found = trained(kind, SMALL | KINDS[kind])
+    assert found["outcome"] == "trained", found["text"]
+    assert found["remarks"][0] == "off: bf16, load_in_4bit"
