@@ -154,9 +154,11 @@ def tiny_base(config: dict[str, Any], folder: Path) -> tuple[Path, list[str]]:
     target = folder / Path(config["base_model"]).name
     tokens, remarks = _tokenizer(config, kind)
     try:
-        model = _model(kind)
+        model = _model(kind, bool(config.get("processor_type")))
     except Exception as error:
         raise NotBuilt(f"no tiny {kind}: {_first_line(error)}") from error
+    if model.config.model_type != kind:
+        remarks.append(f"the text model alone ({model.config.model_type})")
     model.save_pretrained(target)
     tokens.save_pretrained(target)
     if config.get("processor_type"):
@@ -168,14 +170,15 @@ def tiny_base(config: dict[str, Any], folder: Path) -> tuple[Path, list[str]]:
     return target, remarks
 
 
-def _model(kind: str) -> Any:
+def _model(kind: str, sees: bool) -> Any:
+    """A model of an architecture. Without a processor the text model of one that sees, which loads none."""
     config_class = t.CONFIG_MAPPING[kind]
     maps = (
         modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     )
-    name = next(names[kind] for names in maps if kind in names)
+    name = next(names[kind] for names in (maps if sees else reversed(maps)) if kind in names)
     model_class = getattr(t, name if isinstance(name, str) else name[0])
     config = tiny_config(config_class, model_class)
     for part in _configs(config):

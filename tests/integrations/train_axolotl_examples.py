@@ -110,6 +110,9 @@ def on_a_cpu(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list
         "plugins": [p for p in plugins if not GPU_PLUGINS.search(p)],
     }
     small["sequence_len"] = min(int(config.get("sequence_len") or POSITIONS), POSITIONS)
+    if int(config.get("lora_r") or 0) > 8:  # the tiny models are 32 wide
+        small["lora_r"] = 8
+        remarks.append(f"lora_r: 8 in place of {config['lora_r']}")
     small["gradient_checkpointing"] = bool(config.get("gradient_checkpointing"))
     small["datasets"] = []
     for number, dataset in enumerate(config.get("datasets") or ()):
