@@ -16,6 +16,7 @@ import torch
 import transformers as t
 from models import tokenizer
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from zoo import tiny_config
 
 
@@ -112,8 +113,20 @@ STAND_INS = {
     "cohere": "command_a",
     "deepseek": "deepseek_v3",
 }
-# Tokens that processors look for, by the names that most have.
+# Tokens that processors look for, by the names that most have, and by the attributes of their tokenizers.
 PARTS = ["<image>", "<video>", "<|image|>", "<|video|>", "<|audio|>", "<|image_pad|>", "<|video_pad|>"]
+NAMED_PARTS = {
+    "image_token": "<image>",
+    "boi_token": "<boi>",
+    "eoi_token": "<eoi>",
+    "video_token": "<video>",
+    "audio_token": "<audio>",
+    "boa_token": "<boa>",
+    "eoa_token": "<eoa>",
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+}
 # What the defaults of the configs in `zoo` lack for sequences of axolotl's length.
 SPECIAL: dict[str, dict[str, Any]] = {}
 
@@ -161,11 +174,13 @@ def tiny_base(config: dict[str, Any], folder: Path) -> tuple[Path, list[str]]:
         remarks.append(f"the text model alone ({model.config.model_type})")
     model.save_pretrained(target)
     tokens.save_pretrained(target)
-    if config.get("processor_type"):
-        try:
-            _processor(kind, model.config, tokens).save_pretrained(target)
-        except Exception as error:
+    # Some models' tokenizers are loaded by their processors, whether or not the YAML asks for one.
+    try:
+        _processor(kind, tokens).save_pretrained(target)
+    except Exception as error:
+        if config.get("processor_type"):
             raise NotBuilt(f"no tiny processor of {kind}: {_first_line(error)}") from error
+    if config.get("processor_type"):
         remarks.append("rows without images")
     return target, remarks
 
@@ -182,14 +197,15 @@ def _model(kind: str, sees: bool) -> Any:
     model_class = getattr(t, name if isinstance(name, str) else name[0])
     config = tiny_config(config_class, model_class)
     for part in _configs(config):
-        for field, size in (("vocab_size", VOCAB), ("max_position_embeddings", POSITIONS), ("n_positions", POSITIONS)):
+        sizes = {"vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB}
+        for field, size in (sizes | dict.fromkeys(("max_position_embeddings", "n_positions"), POSITIONS)).items():
             if hasattr(part, field):
                 setattr(part, field, size)
         for field, value in SPECIAL.get(part.model_type, {}).items():
             setattr(part, field, value)
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in model_class(config).parameters())
-    if count > 3e7:
+    if count > 4e8:  # the vision tower of Gemma 3n has one size
         raise NotBuilt(f"it has {count} parameters")
     torch.manual_seed(0)
     return model_class(config)
@@ -209,23 +225,24 @@ def _tokenizer(config: dict[str, Any], kind: str) -> tuple[Any, list[str]]:
     types = {str(one.get("type")) for one in config.get("datasets") or ()}
     name = asked if asked not in (None, "tokenizer_default", "jinja") else None
     if name is None:
-        name = next((template for begin, template in STAND_INS.items() if kind.startswith(begin)), "chatml")
+        # A processor renders contents that are lists of texts and images.
+        other = "qwen2_vl" if config.get("processor_type") else "chatml"
+        name = next((template for begin, template in STAND_INS.items() if kind.startswith(begin)), other)
         if any("chat" in one or "transform" in one for one in types):
             remarks.append(f"axolotl's chat template {name} in place of the tokenizer's")
     tokens.chat_template = get_chat_template(name, tokenizer=tokens)
     special = [*(config.get("special_tokens") or {}).values(), *(config.get("eot_tokens") or ())]
     special += re.findall(r"<[|a-z_/][^<>{}'\"\s]*>|\[/?[A-Z_]+\]", tokens.chat_template)
-    if config.get("processor_type"):
-        special += PARTS
+    if kind in PROCESSOR_MAPPING_NAMES:
+        special += [*PARTS, *NAMED_PARTS.values()]
+        tokens._set_model_specific_special_tokens(NAMED_PARTS)
     tokens.add_special_tokens({"additional_special_tokens": list(dict.fromkeys(map(str, special)))})
     tokens.model_max_length = POSITIONS
     return tokens, remarks
 
 
-def _processor(kind: str, config: Any, tokens: Any) -> Any:
+def _processor(kind: str, tokens: Any) -> Any:
     """A processor of the architecture's own class, with default parts beside the tokenizer."""
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-
     processor_class = getattr(t, PROCESSOR_MAPPING_NAMES[kind])
     parts: dict[str, Any] = {}
     for name in processor_class.get_attributes():
@@ -242,7 +259,9 @@ def _processor(kind: str, config: Any, tokens: Any) -> Any:
             found = names[kind]
             found = found if isinstance(found, str) else next(one for one in _flat(found) if one)
             parts[name] = getattr(t, found)()
-    return processor_class(**parts, chat_template=tokens.chat_template)
+    processor = processor_class(**parts)
+    processor.chat_template = tokens.chat_template
+    return processor
 
 
 _SNAKE = {

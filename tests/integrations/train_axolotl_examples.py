@@ -180,11 +180,11 @@ def _train_here(path: Path) -> str:
     losses = [float(loss) for loss in re.findall(r"'loss': '?([-+.0-9enaif]+)", log)]
     if not losses or not all(map(math.isfinite, losses)):
         return f"losses {losses}"
-    if cfg.adapter == "lora":
-        return ""
     weights = load_file(path.parent / "out" / "adapter_model.safetensors")
-    moved = [name for name, value in weights.items() if name.endswith("reft_b") and value.count_nonzero()]
-    return "" if moved else f"no b was trained, of {len(weights)} tensors"
+    # Both begin as zeros. They stay zeros where no token has a label, for one.
+    first = "lora_B.weight" if cfg.adapter == "lora" else "reft_b"
+    moved = [name for name, value in weights.items() if name.endswith(first) and value.count_nonzero()]
+    return "" if moved else f"no {first} was trained, of {len(weights)} tensors"
 
 
 def one_of_each_kind_first(found: Iterable[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
