@@ -14,7 +14,7 @@ from pathlib import Path
 
 TARGET = Path(__file__).parents[1] / "docs" / "images" / "layout.svg"
 
-# Folder of peft_reft/ to its modules, __init__.py apart. "integrations" lies beside the package.
+# Folder of peft_reft/ to its modules, __init__.py apart. "integrations" and "peft_reft_cli" lie beside the package.
 FOLDERS: dict[str, tuple[str, ...]] = {
     "tuner": (
         "config",
@@ -77,10 +77,10 @@ FOLDERS: dict[str, tuple[str, ...]] = {
         "scores",
         "evaluate",
         "report",
-        "commands",
         "extras",
     ),
     "integrations": ("axolotl/", "lm_eval"),
+    "peft_reft_cli": ("options", "positions", "evaluation", "convert", "environment", "__main__"),
 }
 # What a folder is for, in a line.
 PURPOSES = {
@@ -93,6 +93,7 @@ PURPOSES = {
     "conversion": "checkpoints of peers",
     "evaluation": "the paper's tasks",
     "integrations": "training frameworks",
+    "peft_reft_cli": "the console command: answers --help by itself, imports the rest when a command runs",
 }
 # What a forward does, and in which folder. The last three happen in every layer.
 ROAD = (
@@ -161,7 +162,8 @@ def folder(name: str, x: float, y: float, width: float, height: float, fill: str
 
 def folders() -> list[str]:
     """The upper part: who imports whom, always downwards."""
-    drawn = folder("integrations", 20, 16, 920, 70, COLOURS["above"])
+    drawn = folder("integrations", 20, 16, 400, 70, COLOURS["above"])
+    drawn += folder("peft_reft_cli", 440, 16, 500, 70, COLOURS["above"])
     for index, name in enumerate(("tools", "conversion", "evaluation")):
         x = 20 + 310 * index
         drawn += folder(name, x, 112, 300, 112, COLOURS["above"])
