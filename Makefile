@@ -26,7 +26,7 @@ export HF_HUB_OFFLINE = 1
 export AXOLOTL_DO_NOT_TRACK = 1
 export PYTHON
 
-.PHONY: help env quickstart test canary bench lint format clean
+.PHONY: help env quickstart test canary bench dist lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## say what there is
@@ -68,6 +68,11 @@ test: lint  ## check the code, then run the tests on STACK (TESTS=stack: those t
 
 canary:  ## run the central tests on the newest release of everything, unpinned, and say which one breaks them (CANARY_PRE=1: pre-releases)
 	@$(PYTHON) scripts/canary.py --workers $(CORES) $(if $(CANARY_PRE),--pre) $(CANARY_TESTS)
+
+dist: override STACK = newest
+dist: env  ## build the source distribution and the wheel into dist/, and check them as an index does
+	@rm -rf dist; $(BIN)/python -m build
+	@$(BIN)/python -m twine check --strict dist/*
 
 lint: env  ## ruff and mypy
 	@echo "== ruff and mypy, stack $(STACK)"
