@@ -120,6 +120,11 @@ class UneditedRows:
         counts = self._counts.setdefault((rules, use), Counts())
         if use == "inference" and (counts.warned or not rules.spec.two_sided):
             return  # each prompt has a token, and one is enough for a one-sided spec
+        # Most batches have a token to edit in each row, and one look shows it where no device is waited for.
+        at_once = learnt_BS is None and not self.checks.are_deferred_on(edited_BS.device)
+        if at_once and bool(sequences.any_of_each(edited_BS[None]).all()):
+            _add(rules, use, origin, counts, sequences.count, unedited=0, short=0)
+            return
         counted_BS = sequences.real_BS if learnt_BS is None else sequences.real_BS & learnt_BS
         has_3N = sequences.any_of_each(torch.stack([counted_BS, edited_BS, prompt_BS]))
         unedited_N = has_3N[0] & ~has_3N[1]
