@@ -12,6 +12,8 @@ import yaml
 from peft import PeftConfig
 from transformers import AutoTokenizer
 
+from peft_reft_autoload.run import run
+
 from .conversion import Conversion, convert_adapters, convert_pyreft, export_pyreft
 from .evaluation import commands
 from .tools.explain import explain_positions
@@ -29,6 +31,8 @@ def peft_reft() -> None:
 
 app.command()(commands.prepare)
 app.command()(commands.evaluate)
+# What follows COMMAND is the command's own: options, --help included.
+app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)
 
 
 @app.command()
