@@ -1,8 +1,8 @@
 """ReFT (Representation Finetuning, arXiv 2404.03592) as a PEFT tuner.
 
 Importing this package registers ReFT with PEFT: `get_peft_model`, `PeftModel.from_pretrained`,
-`AutoPeftModelForCausalLM` and `PeftConfig.from_pretrained` then take it as they take LoRA. Once it is installed, PEFT's
-own import imports it (peft_reft_autoload).
+`AutoPeftModelForCausalLM` and `PeftConfig.from_pretrained` then take it as they take LoRA. Where it is installed,
+PEFT's own import imports it (peft_reft_autoload).
 """
 
 from peft_reft_autoload import serve

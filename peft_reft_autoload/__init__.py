@@ -4,12 +4,12 @@ PEFT has no entry points for methods. So peft_reft_autoload.pth, which is instal
 Python of the environment call `install` when it starts. That adds a finder to `sys.meta_path`, and nothing more until
 somebody imports PEFT: then `peft_reft` is imported, too. Errors become a warning, and the import of PEFT goes on.
 
-`PEFT_REFT_AUTOLOAD=0` in the environment switches this off. `peft-reft run COMMAND ...` (run.py) switches it on for one
-command, also where the .pth file is missing (startup/sitecustomize.py).
+`PEFT_REFT_AUTOLOAD=0` in the environment switches this off. `peft-reft run COMMAND ...` (run.py) switches it on for
+one command, also where the .pth file is missing (startup/sitecustomize.py).
 
-peft_reft itself calls `serve`: what other libraries need for ReFT is done once somebody imports them, so that an import
-of PEFT does not bring Trainer. This module runs when Python starts, so it imports nothing that a starting Python has
-not loaded already.
+peft_reft itself calls `serve`: what other libraries need for ReFT is done once somebody imports them, so that an
+import of PEFT does not bring Trainer. This module runs when Python starts, so it imports nothing that a starting
+Python has not loaded already.
 """
 
 import os
@@ -104,7 +104,7 @@ def install() -> None:
 
 
 def serve() -> None:
-    """Serve the libraries that need something for ReFT, now and as they are imported. peft_reft's import calls this."""
+    """Serve the libraries that need something for ReFT, as they are imported. peft_reft's import calls this."""
     for name in FOLLOWED:
         if name != PEFT:
             FINDER.serve(name)
