@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 from peft.utils import CONFIG_NAME
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..tuner.card import CARD, introduce
 from ..tuner.config import ReftConfig
@@ -102,10 +102,11 @@ def _introducing(trainer: Any) -> Any:
         folder = Path(trainer.args.output_dir)
         if config is None or not trainer.is_world_process_zero() or not (folder / CARD).exists():
             return
-        saved = [folder, *sorted(folder.glob("checkpoint-*"), key=os.path.getmtime, reverse=True)]
-        weights = next((one for one in saved if (one / CONFIG_NAME).exists()), folder)
-        path = None if weights == folder else weights.name
-        introduce(folder, config, trainer.hub_model_id or path, weights)
+        if (folder / CONFIG_NAME).exists():
+            introduce(folder, config, trainer.hub_model_id)
+        else:  # TRL writes the card just before the checkpoint
+            checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+            introduce(folder, config, trainer.hub_model_id or checkpoint, folder / checkpoint)
 
     return create_model_card
 

@@ -186,13 +186,16 @@ def test_other_hooks_may_search_too(libraries):
     code = """
 import sys
 class Searching:
+    calls = 0
     def find_spec(self, name, path=None, target=None):
         if name == "peft":
+            Searching.calls += 1
             others = [f for f in sys.meta_path if f is not self and hasattr(f, "find_spec")]
             return next(filter(None, (f.find_spec(name, path) for f in others)), None)
 for place in PLACES:
     sys.meta_path.insert(place, Searching())
 import peft
+assert Searching.calls <= 2, Searching.calls
 """
     for places in ((0,), (1,)):
         assert python(libraries, code.replace("PLACES", repr(places))) == IMPORTED
