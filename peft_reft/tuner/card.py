@@ -86,8 +86,9 @@ def introduce(
     try:
         path = Path(folder, CARD)
         card = ModelCard.load(path) if path.exists() else _new_card(config)
-        tags = [*(card.data.tags or [])]
-        card.data.tags = [*tags, *(tag for tag in (TAG, config.intervention) if tag not in tags)]
+        data: Any = card.data
+        tags = [*(data.tags or [])]
+        data.tags = [*tags, *(tag for tag in (TAG, config.intervention) if tag not in tags)]
         shapes = _shapes(Path(weights or folder, SAFETENSORS_WEIGHTS_NAME))
         card.text = _with_section(card.text, _section(config, adapter or ".", shapes))
         card.save(path)
