@@ -9,6 +9,7 @@ needs when it runs.
     convert.py      `convert`: checkpoints of pyreft and adapters, in and out
     evaluation.py   `prepare`, `evaluate`: the paper's tasks
     environment.py  `env`: versions, devices and an adapter's settings, for a report
+    peft_reft_autoload/run.py  `run`: another command, whose Python knows ReFT
     options.py      what several commands share: --json, names of tasks, models that are not there
 """
 
@@ -17,6 +18,8 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+
+from peft_reft_autoload.run import run
 
 from .convert import convert
 from .environment import env
@@ -46,6 +49,8 @@ def peft_reft(
 
 for command in (prepare, evaluate, positions, convert, env):
     app.command()(command)
+# What follows COMMAND is the command's own: options, --help included.
+app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
         "merging",
         "nested",
         "chat_template",
+        "card",
         "rules",
         "peft_type",
         "peft_api",

@@ -114,7 +114,7 @@ def test_the_page_lists_what_the_command_takes():
         pytest.skip("this Typer loses the help of arguments under this Click (seen: 0.25.1 under 8.5.1)")
     written = module.TARGET.read_text()
     assert written == module.page(written), "run: python scripts/cli_page.py"
-    for name in ("prepare", "evaluate", "positions", "convert", "env"):
+    for name in ("prepare", "evaluate", "positions", "convert", "env", "run"):
         assert f"## `peft-reft {name} " in written
 
 

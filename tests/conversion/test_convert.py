@@ -81,6 +81,7 @@ def test_the_adapters_librarys_own_logits_and_tokens(name, tmp_path):
 def test_an_ordinary_adapter_directory(tmp_path):
     done = from_pyreft(PYREFT["loreft.untied"], tmp_path / "adapter")
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
