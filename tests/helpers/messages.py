@@ -6,7 +6,6 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from paths import REPOSITORY
 
@@ -63,6 +62,14 @@ def assigned(tree: ast.AST) -> dict[str, ast.expr]:
     return found
 
 
+def error_made(node: ast.AST) -> ast.Call | None:
+    """The call that makes an error, where a statement raises or returns one."""
+    if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+        return node.exc
+    made = node.value if isinstance(node, ast.Return) else None
+    return made if isinstance(made, ast.Call) and ast.unparse(made.func).endswith("Error") else None
+
+
 def sites() -> list[Site]:
     """All places that raise an error with a text of their own, or warn."""
     found = []
@@ -70,8 +77,7 @@ def sites() -> list[Site]:
         names = assigned(tree)
         functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
         for node in ast.walk(tree):
-            error = node.exc if isinstance(node, ast.Raise) else node.value if isinstance(node, ast.Return) else None
-            if isinstance(error, ast.Call) and (isinstance(node, ast.Raise) or ast.unparse(error.func).endswith("Error")):
+            if (error := error_made(node)) is not None:
                 argument = error.args[0] if error.args else None
             elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in WARNS:
                 argument = node.args[0] if node.args else None
