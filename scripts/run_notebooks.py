@@ -22,6 +22,7 @@ from nbclient import NotebookClient
 
 # What libraries log to standard output: lines with a time, and Trainer's dicts, whose losses the notebooks print.
 LOGGED = re.compile(r"^(?:\[\d{4}-|\{').*\n", re.MULTILINE)
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "notebooks"
 
 
@@ -50,7 +51,7 @@ def printed(output: nbformat.NotebookNode) -> str:
     if output.output_type == "stream":
         return LOGGED.sub("", output.text) if output.name == "stdout" else ""
     text = output.get("data", {}).get("text/plain", "")
-    return "" if text.startswith("<") else text  # an object without a text, such as Trainer's table
+    return "" if text.startswith("<") else COLOUR.sub("", text)  # "<": an object without a text, as Trainer's table
 
 
 def main() -> None:

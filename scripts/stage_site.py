@@ -31,6 +31,8 @@ ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]*:|#")  # another site, a mail address,
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".json": "json", ".jsonl": "json", ".toml": "toml"}
 # "name (`type`, *optional*): " under Args, and "`type`, *optional*: " under Returns.
 DOCUMENTED_TYPE = re.compile(r"^ +(?:\w[\w, ]* \(`.*?\)|`[^:]*`(?:, \*optional\*)?):(?=[ \n])", re.MULTILINE)
+# An example under "Example:", which is indented as Args are, though it is no section of mkdocstrings'.
+EXAMPLE = re.compile(r"(?<=Example:\n\n)(?: {8}.*\n|\n)+", re.MULTILINE)
 UNSEARCHED = "---\nsearch:\n  exclude: true\n---\n"
 
 
@@ -195,12 +197,14 @@ def check_nav(nav: list, sources: set[Path], root: Path) -> None:
 def stage_package(root: Path, target: Path) -> None:
     """The package as it is when installed, with integrations/ inside, for mkdocstrings to read. It imports nothing.
 
-    PEFT's docstrings mark types as code, "r (`int`)". mkdocstrings sets types as code by itself, so the marks go."""
+    PEFT's docstrings mark types as code, "r (`int`)". mkdocstrings sets types as code by itself, so the marks go. They
+    indent their examples, which would be code for that alone, fences and all."""
     for folder, inside in (("peft_reft", "peft_reft"), ("integrations", "peft_reft/integrations")):
         for source in (root / folder).rglob("*.py"):
             copy = target / inside / source.relative_to(root / folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_text(DOCUMENTED_TYPE.sub(lambda found: re.sub("[`*]", "", found[0]), source.read_text()))
+            text = DOCUMENTED_TYPE.sub(lambda found: re.sub("[`*]", "", found[0]), source.read_text())
+            copy.write_text(EXAMPLE.sub(lambda found: found[0].replace("\n        ", "\n    ")[4:], text))
 
 
 def main() -> None:

@@ -120,7 +120,8 @@ def test_the_nav_has_every_page_and_no_other(nav, fault, tmp_path):
 def test_types_in_docstrings_lose_their_marks(tmp_path):
     text = (
         'def f():\n    """Args:\n        r (`int`, *optional*): As in `g`.\n        a, b (`str` or `list[str]`): x\n\n'
-        '    Returns:\n        `str`, *optional*: `None` is none.\n    """\n    g(`x`): y\n'
+        '    Returns:\n        `str`, *optional*: `None` is none.\n\n'
+        '    Example:\n\n        ```py\n        >>> f()\n        ```\n    """\n    g(`x`): y\n'
     )
     root = repository(tmp_path / "repository", **{"peft_reft__a.py": text, "integrations__lib__b.py": "pass\n"})
     site.stage_package(root, tmp_path / "package")
@@ -128,4 +129,5 @@ def test_types_in_docstrings_lose_their_marks(tmp_path):
     assert lines[2] == "        r (int, optional): As in `g`."
     assert lines[3] == "        a, b (str or list[str]): x"
     assert lines[6] == "        str, optional: `None` is none."
+    assert lines[10:13] == ["    ```py", "    >>> f()", "    ```"]
     assert (tmp_path / "package/peft_reft/integrations/lib/b.py").exists()
