@@ -50,12 +50,12 @@ def test_quickstart(ran):
 @pytest.mark.slow
 def test_subspaces(ran):
     text = ran("subspaces")
-    found = re.findall(r"^  (greeting\+brief|greeting|brief) +(.*)", text, re.MULTILINE)
+    found = re.findall(r"^  (greeting\+farewell|greeting|farewell) +(.*)", text, re.MULTILINE)
     assert len(found) == 6
     for choice, answer in found:
         assert answer.startswith("Ahoy!") == ("greeting" in choice), (choice, answer)
-        assert (len(answer.removeprefix("Ahoy!").split()) <= 3) == ("brief" in choice), (choice, answer)
-    assert "greeting: a gradient\nbrief: none\n" in text
+        assert answer.endswith("Over and out.") == ("farewell" in choice), (choice, answer)
+    assert "greeting: a gradient\nfarewell: none\n" in text
 
 
 @pytest.mark.slow
@@ -63,7 +63,8 @@ def test_lora_and_reft(ran):
     text = ran("lora_and_reft")
     answers = dict(re.findall(r"^(both|neither|LoRA): +(.*)", text, re.MULTILINE))
     assert answers["both"].startswith("Captain's log:") and not answers["neither"].startswith("Captain's log:")
-    assert len(set(answers.values())) == 3
+    assert not answers["LoRA"].startswith("Captain's log:")
+    assert text.endswith(f"\n{answers['both']}\n")  # ReFT on the base with LoRA merged
     assert "both/lora/adapter_model.safetensors" in text and "both/reft/adapter_model.safetensors" in text
 
 

@@ -120,7 +120,7 @@ def test_the_nav_has_every_page_and_no_other(nav, fault, tmp_path):
 def test_types_in_docstrings_lose_their_marks(tmp_path):
     text = (
         'def f():\n    """Args:\n        r (`int`, *optional*): As in `g`.\n        a, b (`str` or `list[str]`): x\n\n'
-        '    Returns:\n        `str`, *optional*: `None` is none.\n\n'
+        "    Returns:\n        `str`, *optional*: `None` is none.\n\n"
         '    Example:\n\n        ```py\n        >>> f()\n        ```\n    """\n    g(`x`): y\n'
     )
     root = repository(tmp_path / "repository", **{"peft_reft__a.py": text, "integrations__lib__b.py": "pass\n"})
