@@ -25,7 +25,7 @@ class Site:
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:
-    for folder in ("peft_reft", "integrations"):
+    for folder in ("peft_reft", "peft_reft_autoload", "peft_reft_cli", "integrations"):
         for path in sorted((REPOSITORY / folder).rglob("*.py")):
             yield str(path.relative_to(REPOSITORY)), ast.parse(path.read_text())
 

@@ -87,8 +87,9 @@ def test_the_source_distribution_holds_the_repository(dist):
 def test_the_wheel_holds_the_packages_and_nothing_else(dist):
     with zipfile.ZipFile(dist[1]) as archive:
         inside = {name for name in archive.namelist() if ".dist-info/" not in name}
-    where = {"peft_reft": "peft_reft", "peft_reft_cli": "peft_reft_cli", "integrations": "peft_reft/integrations"}
-    expected = set()
+    where = {name: name for name in ("peft_reft", "peft_reft_autoload", "peft_reft_cli")}
+    where["integrations"] = "peft_reft/integrations"
+    expected = {"peft_reft_autoload.pth"}
     for folder, package in where.items():
         for file in (REPOSITORY / folder).rglob("*"):
             if file.suffix == ".py" or file.name == "py.typed":
@@ -149,7 +150,7 @@ def test_tests_of_the_source_distribution_run_against_the_wheel(dist, fresh, tmp
     with tarfile.open(dist[0]) as archive:
         archive.extractall(tmp_path, filter="data")
     (source,) = tmp_path.iterdir()
-    for name in ("peft_reft", "peft_reft_cli", "integrations"):
+    for name in ("peft_reft", "peft_reft_autoload", "peft_reft_cli", "integrations"):
         (source / name).rename(tmp_path / f"{name}.aside")
     chosen = ["tests/positions/test_positions.py", "tests/tools/test_explain.py"]
     quick = ["-k", "not adapter and not dataset and not mistakes", "-p", "no:cacheprovider"]

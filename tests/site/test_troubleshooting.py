@@ -10,11 +10,11 @@ from paths import REPOSITORY
 
 
 PAGE = REPOSITORY / "docs" / "troubleshooting.md"
-# Errors in the use of ReFT. What the console commands, evaluation and conversion say is in the page too, in groups.
-ON_A_USERS_WAY = ("peft_reft/tuner/", "peft_reft/tools/", "integrations/")
+# Errors in the use of ReFT. What evaluation and conversion say is in the page too, in groups.
+ON_A_USERS_WAY = ("peft_reft/tuner/", "peft_reft/tools/", "peft_reft_autoload/", "peft_reft_cli/", "integrations/")
 # Places whose text is another's, or that no user sees. Each by file and function.
 ELSEWHERE = {
-    "integrations/axolotl/args.py:reft_config": "names the YAML's keys behind the error of ReftConfig",
+    "integrations/axolotl/__init__.py:__getattr__": "Python's own, for a name that the module lacks",
     "peft_reft/tuner/chat_template.py": "reasons, which the message 'no response template was found' quotes",
     "peft_reft/tuner/rules.py:tokenizer": "a reason, like those",
 }

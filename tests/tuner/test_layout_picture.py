@@ -7,7 +7,7 @@ import importlib.util
 from paths import REPOSITORY
 
 
-BESIDE = {"integrations", "peft_reft_cli"}  # the package peft_reft
+BESIDE = {"integrations", "peft_reft_autoload", "peft_reft_cli"}  # the package peft_reft
 
 
 def drawing():
