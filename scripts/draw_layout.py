@@ -167,9 +167,9 @@ def folder(name: str, x: float, y: float, width: float, height: float, fill: str
 
 def folders() -> list[str]:
     """The upper part: who imports whom, always downwards."""
-    drawn = folder("integrations", 20, 16, 180, 70, COLOURS["above"])
-    drawn += folder("peft_reft_autoload", 220, 16, 290, 70, COLOURS["above"])
-    drawn += folder("peft_reft_cli", 530, 16, 410, 70, COLOURS["above"])
+    drawn = folder("integrations", 20, 16, 170, 70, COLOURS["above"])
+    drawn += folder("peft_reft_autoload", 210, 16, 240, 70, COLOURS["above"])
+    drawn += folder("peft_reft_cli", 470, 16, 470, 70, COLOURS["above"])
     for index, name in enumerate(("tools", "conversion", "evaluation")):
         x = 20 + 310 * index
         drawn += folder(name, x, 112, 300, 112, COLOURS["above"])
