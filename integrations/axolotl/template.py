@@ -6,6 +6,7 @@ options that choose labels (`train_on_inputs`, and `LABEL_OPTIONS` of a dataset)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from peft_reft.tuner.chat_template import FoundTemplate, search
@@ -29,6 +30,13 @@ def has_chats_alone(cfg: Any) -> bool:
     """Whether all datasets of a YAML are conversations that a chat template renders."""
     datasets = list(getattr(cfg, "datasets", None) or ())
     return bool(datasets) and all(_is_chat(dataset) for dataset in datasets)
+
+
+def names_template(keys: Mapping[str, Any]) -> bool:
+    """Whether a YAML's conversations are rendered by another chat template than the tokenizer's own."""
+    chats = [dataset for dataset in keys.get("datasets") or () if _is_chat(dataset)]
+    names = {dataset.get("chat_template") or keys.get("chat_template") for dataset in chats}
+    return bool(names - {None, "tokenizer_default"})
 
 
 def chat_templates(cfg: Any, tokenizer: Any) -> dict[int, str]:

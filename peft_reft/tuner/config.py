@@ -14,6 +14,7 @@ from typing import Any, Literal, Optional, TypeVar, Union
 
 from peft import PeftConfig, TaskType
 
+from .card import introduce
 from .chat_template import AUTO, FoundTemplate, search_with
 from .forward.transformers_api import ACT2FN, end_ids, text_template
 from .interventions.formulas import INTERVENTIONS
@@ -22,6 +23,7 @@ from .peft_api import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_pattern_key
 from .peft_type import NAME, add_peft_type
 from .positions.spec import PositionSpec, Rules, depends_on_batch
 from .positions.template import IdTemplate, TextTemplate
+from .versions import installed
 
 
 # The tasks whose labels are the tokens of answers. Those of other tasks are classes.
@@ -33,6 +35,8 @@ T = TypeVar("T", bound=type)
 # The number of the format in which configs are saved. A version that adds a field by which an adapter edits otherwise
 # raises it, and saves it as `reft_format`, so that older versions refuse what they would misread.
 FORMAT = 0
+# The key of a saved config that names this package. Nothing reads it: whoever opens the file learns what to install.
+LIBRARY = "library"
 
 
 class UnusableConfig(ValueError, TypeError):
@@ -49,6 +53,7 @@ def _refuses_later_formats(config_class: T) -> T:
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         known = {field.name for field in fields(config_class)}
+        kwargs.pop(LIBRARY, None)
         unknown = {
             key: value for key, value in kwargs.items() if key not in known and value not in (None, False, [], {}, "")
         }
@@ -328,7 +333,8 @@ class ReftConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the config. PEFT calls this after it has saved the weights, in the same folder.
 
-        A warning says so where the weights are a pickle (`safe_serialization=False`).
+        The folder's model card gets a section that says how to load the adapter. A warning says so where the weights
+        are a pickle (`safe_serialization=False`).
         """
         super().save_pretrained(save_directory, **kwargs)
         saved = [
@@ -340,6 +346,8 @@ class ReftConfig(PeftConfig):
                 "that may hold code, which many tools refuse to read. It is read with weights_only=True, which runs "
                 f"none. Leave safe_serialization=False out to save {SAFETENSORS_WEIGHTS_NAME}."
             )
+        if any(saved):
+            introduce(save_directory, self)
 
     @property
     def spec(self) -> PositionSpec:
@@ -411,9 +419,14 @@ class ReftConfig(PeftConfig):
         return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module_name), self.r)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as they are saved. `subspaces` becomes a list of pairs: PEFT sorts the keys of dictionaries, and
-        the order of the subspaces decides which directions each has."""
+        """The fields as they are saved, and the name of this package. `subspaces` becomes a list of pairs: PEFT sorts
+        the keys of dictionaries, and the order of the subspaces decides which directions each has."""
         fields = super().to_dict()
+        fields[LIBRARY] = {
+            "name": "peft-reft",
+            "version": installed("peft-reft"),
+            "install": "pip install peft-reft",
+        }
         if self.subspaces is not None:
             fields["subspaces"] = [list(pair) for pair in self.subspaces.items()]
         return fields

@@ -141,7 +141,7 @@ def test_unfrozen_parameters_leave_the_adapter_trained():
 
 def test_positions_shows_a_yaml_by_its_own_chat_template(tmp_path, capsys):
     """The tokenizer's own template is ChatML."""
-    from peft_reft.cli import positions
+    from peft_reft_cli.positions import positions
 
     tokenizer().save_pretrained(tmp_path)
     data = [{"path": "x.jsonl", "type": "chat_template"}]
@@ -165,7 +165,7 @@ def test_an_unknown_name_of_the_family(name):
 
 
 def test_loftq_is_named():
-    from peft_reft.integrations.axolotl.args import meaningless_keys
+    from peft_reft.integrations.axolotl.keys import meaningless_keys
 
     yaml_keys = {"adapter": "loreft", "peft": {"loftq_config": {"loftq_bits": 4}}, "nvfp4_merge_aware": True}
     assert meaningless_keys(yaml_keys) == ["nvfp4_merge_aware", "peft"]
