@@ -1,0 +1,186 @@
+"""The decoder layers of a model in vLLM: which modules they are, what they return, and how their output is edited.
+
+vLLM's decoder layers return hidden states in one of three ways. In most families the block's output is the sum of a
+pair, hidden + residual, that the next norm adds up. In some it is the pair's first element, and in some the layer
+returns a tensor alone. `find_layout` tells which, from the layer's code and a probe of the model's norm.
+
+Dimensions: F tokens of the step, T tokens to edit, G groups of weights, R rank, D width of the hidden state.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peft_reft.tuner.interventions.apply import Edit, EditWeights, delta
+
+
+Layout = Literal["sum", "first", "alone"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One adapter's edit of one layer's output in one step.
+
+    Args:
+        index_T (`torch.LongTensor`): [T], the tokens to edit, as rows of the step.
+        edit (`Edit`): The edit.
+        weights (`EditWeights`): Its weights for the layer.
+        unused_TGR (`torch.BoolTensor`, *optional*): The directions in which a token is not edited.
+    """
+
+    index_T: Tensor
+    edit: Edit
+    weights: EditWeights
+    unused_TGR: Tensor | None
+
+    def edited(self, h_TD: Tensor) -> Tensor:
+        return h_TD + delta(h_TD, self.edit, self.weights, self.unused_TGR)
+
+
+def find_blocks(model: nn.Module, count: int) -> tuple[str, dict[str, nn.Module]]:
+    """The decoder layers of a model, by their names in it.
+
+    Args:
+        model (`torch.nn.Module`): The model, as vLLM loaded it. With pipeline parallelism the layers of other ranks are
+            placeholders.
+        count (`int`): The number of layers, of all ranks.
+
+    Returns:
+        `tuple[str, dict[str, torch.nn.Module]]`: The name of the module that owns the layers, and the layers.
+
+    Raises:
+        ValueError: when there is not exactly one list of as many layers.
+    """
+    found = {
+        f"{name}.{attribute}".lstrip("."): (name, child)
+        for name, module in model.named_modules()
+        if hasattr(module, "start_layer") and hasattr(module, "end_layer")
+        for attribute, child in module.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == count
+    }
+    if len(found) != 1:
+        raise ValueError(
+            f"ReFT adapters are not supported on {type(model).__name__}: {len(found)} lists of {count} decoder layers "
+            f"were found in it ({', '.join(found) or 'none'}), and one was expected."
+        )
+    ((name, (owner, layers)),) = found.items()
+    return owner, {f"{name}.{index}": layer for index, layer in enumerate(layers)}
+
+
+def find_layout(owner: nn.Module, block: nn.Module) -> Layout:
+    """What a decoder layer returns.
+
+    Args:
+        owner (`torch.nn.Module`): The module that calls the layers and the final norm.
+        block (`torch.nn.Module`): A decoder layer.
+
+    Raises:
+        ValueError: when it is neither of the three known layouts.
+    """
+    returned = _returned(type(block).forward)
+    if returned == {1}:
+        return "alone"
+    if returned != {2}:
+        raise _unknown(block, f"its forward returns {_in_words(returned)}")
+    norm = getattr(owner, "norm", None) or getattr(owner, "final_layernorm", None) or getattr(owner, "ln_f", None)
+    weight = getattr(norm, "weight", None)
+    if norm is None or not isinstance(weight, Tensor):
+        raise _unknown(block, f"{type(owner).__name__} has no final norm that tells how the pair is added up")
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, weight.numel())
+    a, b = (torch.randn(shape, generator=generator).to(weight.device, weight.dtype) for _ in range(2))
+    code = inspect.getsource(type(owner).forward)
+    attribute = next(name for name, child in owner.named_children() if child is norm)
+    if f"self.{attribute}(hidden_states, residual)" not in code:
+        raise _unknown(block, f"{type(owner).__name__}.forward does not pass the pair to its final norm")
+    with torch.inference_mode():
+        of_pair, of_sum, of_first = (
+            _first(norm(x.clone(), y.clone())) for x, y in ((a, b), (a + b, b * 0), (a, b * 0))
+        )
+    is_sum, is_first = torch.allclose(of_pair, of_sum, atol=1e-2), torch.allclose(of_pair, of_first, atol=1e-2)
+    if is_sum == is_first:
+        raise _unknown(block, "its final norm neither adds up the pair nor reads its first element alone")
+    return "sum" if is_sum else "first"
+
+
+def _unknown(block: nn.Module, why: str) -> ValueError:
+    return ValueError(
+        f"ReFT adapters are not supported on {type(block).__name__}: what it returns is unknown, for {why}."
+    )
+
+
+def _in_words(returned: set[int | None]) -> str:
+    return " or ".join("something unknown" if n is None else f"{n} values" for n in sorted(returned, key=str))
+
+
+def _first(returned: Any) -> Tensor:
+    return returned[0] if isinstance(returned, tuple) else returned
+
+
+def _returned(forward: Callable) -> set[int | None]:
+    """How many values each `return` of a forward has. None: more or others than names of variables."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return {None}
+    counts: set[int | None] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Return):
+            if isinstance(node.value, ast.Tuple) and all(isinstance(e, ast.Name) for e in node.value.elts):
+                counts.add(len(node.value.elts))
+            else:
+                is_tensor = isinstance(node.value, ast.Name) and node.value.id == "hidden_states"
+                counts.add(1 if is_tensor else None)
+    return counts
+
+
+@functools.cache
+def edited_class(block_class: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a decoder layer's class whose output is edited by the layer's jobs.
+
+    Only instances that have something to edit in a step get this class, for that step, so that all other steps run the
+    very code that they run without the plugin.
+    """
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        returned = block_class.forward(self, *args, **kwargs)
+        edit_returned(returned, self.__dict__["_reft_layout"], self.__dict__["_reft_jobs"])
+        return returned
+
+    return type(block_class.__name__, (block_class,), {"forward": forward, "__module__": block_class.__module__})
+
+
+def edit_returned(returned: Any, layout: Layout, jobs: list[Job]) -> None:
+    """Edit in place what a decoder layer returned.
+
+    Args:
+        returned: [F, D], or a pair of such tensors.
+        layout (`str`): `"sum"`, `"first"` or `"alone"`.
+        jobs (`list[Job]`): The edits.
+
+    Raises:
+        RuntimeError: when it is not of the layout.
+    """
+    is_pair = isinstance(returned, tuple) and len(returned) == 2 and all(isinstance(t, Tensor) for t in returned)
+    if is_pair is (layout == "alone") or not (is_pair or isinstance(returned, Tensor)):
+        raise RuntimeError(
+            f"A decoder layer returned {type(returned).__name__}, and the layout {layout!r} was expected."
+        )
+    hidden = returned[0] if is_pair else returned
+    for job in jobs:
+        index_T = job.index_T
+        if layout == "sum":
+            residual = returned[1]
+            residual[index_T] = job.edited(hidden[index_T] + residual[index_T])
+            hidden[index_T] = 0  # the state that the next norm reads is hidden + residual
+        else:
+            hidden[index_T] = job.edited(hidden[index_T])

