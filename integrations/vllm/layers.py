@@ -50,8 +50,8 @@ def find_blocks(model: nn.Module, count: int) -> tuple[str, dict[str, nn.Module]
     """The decoder layers of a model, by their names in it.
 
     Args:
-        model (`torch.nn.Module`): The model, as vLLM loaded it. With pipeline parallelism the layers of other ranks are
-            placeholders.
+        model (`torch.nn.Module`): The model, as vLLM loaded it. With pipeline parallelism the layers of other ranks
+            are placeholders.
         count (`int`): The number of layers, of all ranks.
 
     Returns:

@@ -210,8 +210,8 @@ def _serve_in_core() -> None:
                 ]
                 if users:
                     raise ValueError(
-                        f"The ReFT adapter {lora_request.lora_name!r} can't be replaced while {len(users)} requests use "
-                        "it. Load it when they are done, or under another name."
+                        f"The ReFT adapter {lora_request.lora_name!r} can't be replaced while {len(users)} requests "
+                        "use it. Load it when they are done, or under another name."
                     )
             return original(self, lora_request)
 

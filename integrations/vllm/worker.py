@@ -54,8 +54,8 @@ class EditedModel:
             if name not in self.blocks:
                 raise ValueError(
                     f"The ReFT adapter {adapter.folder!r} edits {module!r}, which is no decoder layer of "
-                    f"{type(self.model).__name__} ({', '.join(list(self.blocks)[:2])}, ... of {len(self.blocks)}). vLLM "
-                    "serves edits of decoder layers alone."
+                    f"{type(self.model).__name__} ({', '.join(list(self.blocks)[:2])}, ... of {len(self.blocks)}). "
+                    "vLLM serves edits of decoder layers alone."
                 )
             width = of_module.R_QD.shape[-1]
             if width != self.width:

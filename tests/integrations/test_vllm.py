@@ -1,0 +1,343 @@
+"""ReFT adapters in vLLM, on its CPU build: every answer is compared with `generate` of the PEFT model, in float32. An
+answer is the greedy tokens with the log-probability of each."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+pytest.importorskip("vllm")
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+from safetensors.torch import load_file, save_file
+from served import Reference, ask, prompts_of, save_adapter, save_model, start
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
+
+
+pytestmark = pytest.mark.slow
+
+LENGTHS = [1, 2, 5, 13, 14, 20, 32, 33, 64, 65, 100, 130, 180, 294]
+TOKENS = 5
+TOLERANCE = 2e-4
+TEMPLATE = [7, 8]
+# name -> fields of the adapter's config
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "loreft": {},
+    "shared": {"share_weights": True, "positions": "f3+l2", "r": 8},
+    "last": {"positions": "l1", "layers_to_transform": [1]},
+    "noreft": {"intervention": "noreft", "positions": "f2"},
+    "direft": {"intervention": "direft", "positions": "l7"},
+    "nodireft": {"intervention": "nodireft", "act_fn": "gelu"},
+    "act": {"act_fn": "sigmoid", "add_bias": False},
+    "consreft": {"intervention": "consreft"},
+    "lobireft": {"intervention": "lobireft", "positions": "f1+l1"},
+    "all": {"positions": "all"},
+    "template": {"response_template": TEMPLATE},
+    "every": {"response_template": TEMPLATE, "prompt_boundary": "every", "positions": "f2+l2"},
+    "subspaces": {"subspaces": {"style": 1, "facts": 3}},
+    "subspaces-all": {"subspaces": {"style": 1, "facts": 3}, "positions": "all"},
+}
+
+
+class Server:
+    """A model with its adapters, in an engine of vLLM and in PEFT."""
+
+    def __init__(
+        self, folder: Path, adapters: dict[str, dict[str, Any]], family: str = "Llama", **settings: Any
+    ) -> None:
+        engine_settings = settings.pop("engine", {})
+        self.base = save_model(folder / "base", family, **settings)
+        self.folders = {name: save_adapter(self.base, folder / name, **fields) for name, fields in adapters.items()}
+        self.reference = Reference(self.base, self.folders)
+        self.engine = start(self.base, **engine_settings)
+        self.requests = {name: LoRARequest(name, n + 1, path) for n, (name, path) in enumerate(self.folders.items())}
+
+    def check(self, asked: list[tuple[list[int], str | None]], tokens: int = TOKENS, **extra: Any) -> None:
+        """Ask all in one batch, and compare with the PEFT model."""
+        requests = [(prompt, self.requests[name] if name else None) for prompt, name in asked]
+        for (prompt, name), (ids, logp) in zip(asked, ask(self.engine, requests, tokens, **extra)):
+            expected_ids, expected = self.reference.answer(prompt, name, tokens, **(extra if name else {}))
+            worst = max(abs(a - b) for a, b in zip(logp, expected))
+            assert ids == expected_ids and worst < TOLERANCE, (name, len(prompt), worst, ids, expected_ids)
+
+    def changes(self, prompt: list[int], name: str) -> bool:
+        """Whether an adapter changes an answer at all: the comparison would pass without it otherwise."""
+        (ids, logp), (base_ids, base_logp) = (self.reference.answer(prompt, n, TOKENS) for n in (name, None))
+        return ids != base_ids or max(abs(a - b) for a, b in zip(logp, base_logp)) > 100 * TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Server:
+    return Server(tmp_path_factory.mktemp("served"), ADAPTERS, engine={"max_cpu_loras": 6})
+
+
+@pytest.fixture(autouse=True)
+def empty_prefix_cache(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "server" in request.fixturenames:
+        request.getfixturevalue("server").engine.reset_prefix_cache()
+
+
+# -- one batch, twice: the second round reads the prefix cache -------------------------------------------------------
+
+
+def test_a_batch_of_base_and_adapter_twice(server: Server) -> None:
+    asked = [(prompt, name) for prompt in prompts_of(LENGTHS) for name in (None, "loreft")]
+    assert len(asked) == 28 and server.changes(asked[-1][0], "loreft")
+    for _ in range(2):
+        server.check(asked)
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name not in ("template", "every")])
+def test_each_kind_of_adapter(server: Server, name: str) -> None:
+    prompts = prompts_of([3, 40, 101])
+    assert server.changes(prompts[1], name)
+    for _ in range(2):
+        server.check([(prompt, which) for prompt in prompts for which in (name, None)], tokens=12)
+
+
+@pytest.mark.parametrize("name", ["template", "every"])
+def test_prompts_by_the_response_template(server: Server, name: str) -> None:
+    one, two, three = prompts_of([30, 31, 40])
+    turns = [*one, *TEMPLATE, 9, 10, 3, *two, *TEMPLATE, 11, 12, 3, *three, *TEMPLATE]
+    for prompt in (turns, [*one, *TEMPLATE, *two], one):
+        assert server.changes(prompt, name)
+        for _ in range(2):
+            server.check([(prompt, name), (prompt, None)])
+
+
+def test_turns_of_a_chat_read_the_cache_of_the_turn_before(server: Server) -> None:
+    chats = {name: prompts_of([60])[0] for name in ("loreft", "last", "every", "all")}
+    for turn in range(3):
+        server.check(list(zip(chats.values(), chats.keys())))
+        for name, chat in chats.items():
+            chat += [*server.reference.answer(chat, name, 8)[0], *prompts_of([21], seed=turn)[0]]
+
+
+def test_requests_choose_subspaces(server: Server) -> None:
+    (prompt,) = prompts_of([70])
+    for names in ("style", "facts", "style+facts"):
+        for _ in range(2):
+            server.check([(prompt, "subspaces"), (prompt, "subspaces-all")], tokens=8, subspaces=names)
+    server.check([(prompt, "subspaces")])
+
+
+def test_more_adapters_than_slots(server: Server) -> None:
+    prompts = prompts_of([17, 50])
+    server.check([(prompt, name) for name in ADAPTERS for prompt in prompts])
+
+
+def test_prompt_log_probabilities(server: Server) -> None:
+    (prompt,) = prompts_of([90])
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    for name in ("loreft", "all"):
+        output = server.engine.generate({"prompt_token_ids": prompt}, params, lora_request=server.requests[name])[0]
+        given = [step[index].logprob for step, index in zip(output.prompt_logprobs[1:], prompt[1:])]
+        with torch.no_grad():
+            logits = server.reference.adapted[name](
+                input_ids=torch.tensor([prompt]), prompt_lengths=torch.tensor([len(prompt)])
+            ).logits[0, :-1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+        assert (torch.tensor(given) - expected).abs().max() < TOLERANCE
+
+
+def test_several_answers_to_one_prompt(server: Server) -> None:
+    (prompt,) = prompts_of([50])
+    params = SamplingParams(n=3, seed=1, temperature=1e-5, max_tokens=3, ignore_eos=True, detokenize=False)
+    output = server.engine.generate({"prompt_token_ids": prompt}, params, lora_request=server.requests["loreft"])[0]
+    expected, _ = server.reference.answer(prompt, "loreft", 3)
+    assert [list(one.token_ids) for one in output.outputs] == [expected] * 3
+
+
+# -- the prefix cache ------------------------------------------------------------------------------------------------
+
+
+def cached(server: Server, prompt: list[int], name: str | None) -> int:
+    """How many tokens of a prompt are read from the prefix cache."""
+    params = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+    adapter = server.requests[name] if name else None
+    return server.engine.generate({"prompt_token_ids": prompt}, params, lora_request=adapter)[0].num_cached_tokens
+
+
+def test_blocks_are_shared_wherever_nothing_differs(server: Server) -> None:
+    (prompt,) = prompts_of([100])
+    longer = [*prompt, *prompts_of([40], seed=5)[0]]
+    assert cached(server, prompt, None) == 0
+    assert cached(server, prompt, "last") == 96  # its one edited token is behind the last whole block
+    assert cached(server, prompt, "direft") == 64 and cached(server, prompt, "loreft") == 0
+    assert cached(server, prompt, "direft") == 96
+    assert cached(server, longer, "direft") == 96  # of the base: the adapter edits this prompt's last 7 tokens alone
+    server.engine.reset_prefix_cache()
+    cached(server, prompt, "direft")
+    assert cached(server, prompt, None) == 64  # not the block in which the adapter edited tokens
+    server.engine.reset_prefix_cache()
+    cached(server, prompt, "direft")
+    assert cached(server, longer, "direft") == 64  # nor does the adapter itself, whose last tokens are others here
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+
+def broken(server: Server, folder: Path, what: str) -> tuple[Path, str]:
+    """A folder with something wrong, and words of the error."""
+    if what == "missing folder":
+        return folder / "nowhere", "nowhere"
+    shutil.copytree(server.folders["loreft"], folder, dirs_exist_ok=True)
+    config_path, weights_path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config, weights = json.loads(config_path.read_text()), load_file(weights_path)
+    words = what
+    if what == "truncated":
+        weights_path.write_bytes(weights_path.read_bytes()[:-100])
+        return folder, "adapter_model.safetensors"
+    if what == "NaN":
+        next(iter(weights.values()))[0] = float("nan")
+    elif what == "rank":
+        return Path(save_adapter(server.base, folder / "rank", r=16)), "--max-lora-rank"
+    elif what == "no block":
+        return Path(save_adapter(server.base, folder / "mlp", target_modules=["mlp"])), "mlp"
+    elif what == "another model":
+        other = save_model(folder / "other", hidden_size=96)
+        return Path(save_adapter(other, folder / "adapter")), "width 96"
+    elif what == "more layers":
+        other = save_model(folder / "other", num_hidden_layers=5)
+        return Path(save_adapter(other, folder / "adapter")), "layers.3"
+    elif what == "unknown edit":
+        config["intervention"], words = "superreft", "superreft"
+    elif what == "modules_to_save":
+        config["modules_to_save"] = ["lm_head"]
+    config_path.write_text(json.dumps(config))
+    save_file(weights, weights_path)
+    return folder, words
+
+
+BROKEN = ["truncated", "NaN", "rank", "no block", "another model", "more layers", "unknown edit", "modules_to_save"]
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_bad_adapter_is_refused_and_the_engine_goes_on(server: Server, tmp_path: Path, what: str) -> None:
+    folder, words = broken(server, tmp_path, what)
+    bad = LoRARequest("bad", 100 + BROKEN.index(what), str(folder))
+    prompts = prompts_of([40])
+    with pytest.raises(ValueError, match=words):
+        ask(server.engine, [(prompts[0], bad)], 1)
+    with pytest.raises(ValueError, match=words):
+        server.engine.llm_engine.add_lora(bad)
+    server.check([(prompts[0], "loreft"), (prompts[0], None)])
+
+
+def test_a_folder_that_changed_is_loaded_anew_only_when_asked(server: Server, tmp_path: Path) -> None:
+    folder = tmp_path / "changing"
+    save_adapter(server.base, folder, seed=1)
+    (prompt,) = prompts_of([100])
+    name = LoRARequest("changing", 200, str(folder))
+    first = ask(server.engine, [(prompt, name)], TOKENS)
+    save_adapter(server.base, folder, seed=2)
+    with pytest.raises(ValueError, match="load_inplace"):
+        ask(server.engine, [(prompt, name)], TOKENS)
+    server.engine.llm_engine.add_lora(LoRARequest("changing", 200, str(folder), load_inplace=True))
+    (second,) = ask(server.engine, [(prompt, name)], TOKENS)
+    expected_ids, expected = Reference(server.base, {"x": str(folder)}).answer(prompt, "x", TOKENS)
+    assert second[0] == expected_ids and second != first[0]
+    assert max(abs(a - b) for a, b in zip(second[1], expected)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "words"),
+    [
+        ("subspaces", {"subspaces": "tone"}, "tone"),
+        ("loreft", {"subspaces": "style"}, "no subspaces"),
+        ("loreft", {"peft_reft": ["x", None, None]}, "plugin's own"),
+        (None, {"peft_reft": ["x", None, None]}, "plugin's own"),
+    ],
+)
+def test_bad_extra_arguments_are_refused(server: Server, name: str | None, extra: dict[str, Any], words: str) -> None:
+    (prompt,) = prompts_of([20])
+    with pytest.raises(ValueError, match=words):
+        ask(server.engine, [(prompt, server.requests[name] if name else None)], 1, **extra)
+    server.check([(prompt, name)])
+
+
+def test_beam_search_is_refused(server: Server) -> None:
+    from vllm.sampling_params import BeamSearchParams
+
+    (prompt,) = prompts_of([20])
+    with pytest.raises(ValueError, match="beam search"):
+        server.engine.beam_search(
+            [{"prompt_token_ids": prompt}],
+            BeamSearchParams(beam_width=2, max_tokens=2),
+            lora_request=server.requests["loreft"],
+        )
+
+
+# -- nothing to edit costs nothing -----------------------------------------------------------------------------------
+
+
+def test_layers_are_as_without_the_plugin_in_steps_with_nothing_to_edit(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft_reft.integrations.vllm.worker import EditedModel
+
+    seen = []
+    prepare = EditedModel.prepare
+
+    def noted(self: EditedModel, requests: Any) -> None:
+        prepare(self, requests)
+        if requests:
+            seen.append([type(block) is not self.classes[name] for name, block in self.blocks.items()])
+
+    monkeypatch.setattr(EditedModel, "prepare", noted)
+    ask(server.engine, [(prompts_of([40])[0], server.requests["last"])], 4)
+    assert seen == [[False, True, False], *[[False] * 3] * 3]  # the prefill, with an adapter of layer 1; decode steps
+
+
+# -- chunks, preemption, other families ------------------------------------------------------------------------------
+
+
+def test_chunked_prefill_and_preemption(tmp_path: Path) -> None:
+    adapters = {name: ADAPTERS[name] for name in ("loreft", "every", "all")}
+    server = Server(tmp_path, adapters, engine={"max_num_batched_tokens": 32, "max_num_seqs": 8, "max_loras": 4})
+    prompts = prompts_of(LENGTHS)
+    for _ in range(2):
+        server.check([(prompt, name) for prompt in prompts for name in (None, "loreft", "every")])
+    scheduler = server.engine.llm_engine.engine_core.engine_core.scheduler
+    schedule, steps, preempted = scheduler.schedule, iter(range(1_000_000)), []
+
+    def with_preemption(*args: Any, **kwargs: Any) -> Any:
+        if next(steps) % 3 == 2 and scheduler.running:
+            preempted.append(scheduler.running[-1].request_id)
+            scheduler.reset_prefix_cache()
+            scheduler._preempt_request(scheduler.running.pop(), 0.0)
+        return schedule(*args, **kwargs)
+
+    scheduler.schedule = with_preemption
+    server.check([(prompt, name) for prompt in prompts[4:] for name in (None, *adapters)])
+    assert len(preempted) > 10
+
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Qwen2": {},
+    "Qwen3": {},
+    "Gemma2": {"query_pre_attn_scalar": 32, "initializer_range": 0.1, "sliding_window": 64},
+    "Qwen3Moe": MOE,
+    "Cohere": {"initializer_range": 0.1},  # the first element of the pair is already the output
+    "GPT2": {"n_embd": 64, "n_layer": 3, "n_head": 2, "n_positions": 512, "n_inner": 96},  # a tensor alone
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(tmp_path: Path, family: str) -> None:
+    server = Server(tmp_path, {"loreft": {}}, family, **FAMILIES[family])
+    asked = [(prompt, name) for prompt in prompts_of([1, 5, 33, 100, 210]) for name in (None, "loreft")]
+    assert server.changes(asked[-1][0], "loreft")
+    for _ in range(2):
+        server.check(asked)
