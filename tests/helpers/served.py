@@ -33,7 +33,7 @@ def save_model(folder: Path, family: str = "Llama", **settings: Any) -> str:
     """Save a random model of a family of transformers in float32."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**{**SIZES, **settings})
-    model = getattr(transformers, f"{family}ForCausalLM")(config).float()
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
     model.save_pretrained(folder)
     return str(folder)
 
