@@ -49,7 +49,7 @@ def _refuse_adapters(refusal: str) -> None:
             raise ValueError(refusal)
         return original(cls, lora_path, *args, **kwargs)
 
-    PEFTHelper.from_local_dir = classmethod(from_local_dir)  # type: ignore[method-assign]
+    PEFTHelper.from_local_dir = classmethod(from_local_dir)  # type: ignore[method-assign, assignment]
 
 
 def _serve_in_frontend() -> None:

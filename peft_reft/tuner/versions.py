@@ -14,7 +14,7 @@ from importlib import metadata
 
 # Oldest first. The test stacks in requirements/ install these; a test compares the two.
 KNOWN_TO_WORK = {
-    "transformers": ("5.16.1", "5.20.1", "5.24.0"),
+    "transformers": ("5.16.1", "5.19.0", "5.20.1", "5.24.0"),
     "peft": ("0.20.0", "0.21.2"),
     "accelerate": ("1.13.0", "1.15.0"),
     "deepspeed": ("0.19.8",),
