@@ -105,7 +105,7 @@ class EditedModel:
         for name, of_block in jobs.items():
             block = self.blocks[name]
             block.__dict__.update(_reft_jobs=of_block, _reft_layout=self.layout)
-            block.__class__ = edited_class(self.classes[name])  # type: ignore[assignment]
+            block.__class__ = edited_class(self.classes[name])  # type: ignore
         self._edited = set(jobs)
 
     @staticmethod
