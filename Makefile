@@ -9,8 +9,9 @@ TESTS ?= all
 # What can differ between stacks: what needs axolotl or has parts that do, and what stands on private or moving parts of PEFT,
 # transformers and TRL. The rest is about ReFT's own arithmetic and files, and is shown once, on the newest stack.
 tests_named = $(wildcard $(addprefix tests/*/test_,$(addsuffix .py,$(1))))
-STACK_TESTS = $(call tests_named,axolotl axolotl_versions recipes packing evaluation switching positions prompts templates \
-	properties generation transformers_api trainer trl peft loading checkpointing mixed_batches quantized transformers)
+STACK_TESTS = $(call tests_named,axolotl axolotl_examples axolotl_versions recipes packing evaluation switching \
+	positions prompts auto_template templates properties generation reused_caches transformers_api trainer trl peft loading \
+	checkpointing mixed_batches quantized transformers)
 # vLLM pins libraries of its own: there, what it serves is tested alone.
 VLLM_TESTS = tests/integrations/test_vllm.py
 CANARY_TESTS = $(call tests_named,positions properties generation trainer *_api)

@@ -4,18 +4,24 @@ Importing this package registers ReFT with PEFT: `get_peft_model`, `PeftModel.fr
 `AutoPeftModelForCausalLM` and `PeftConfig.from_pretrained` then take it as they take LoRA.
 """
 
-from .tools.collator import PromptLengthsCollator
+from .tools.collator import ColumnsCollator, PromptLengthsCollator
 from .tools.explain import explain_positions
 from .tools.resuming import last_complete_checkpoint
+from .tools.trainers import serve_trainers
 from .tuner import ReftConfig, ReftLayer, ReftModel
+from .tuner.chat_template import find_response_template
 
 
 __version__ = "0.1.0"
 __all__ = [
+    "ColumnsCollator",
     "PromptLengthsCollator",
     "ReftConfig",
     "ReftLayer",
     "ReftModel",
     "explain_positions",
+    "find_response_template",
     "last_complete_checkpoint",
 ]
+
+serve_trainers()

@@ -153,7 +153,8 @@ def _read_config(path: Path) -> tuple[ReftConfig, str | None]:
         return _read_yaml(path)
     if path.suffix == ".json":
         fields = json.loads(path.read_text(encoding="utf-8"))
-        config: Any = ReftConfig.from_peft_type(**{"peft_type": "REFT", **fields})
+        written_by_hand = {} if "peft_type" in fields else {"peft_type": "REFT", "response_template": "auto"}
+        config: Any = ReftConfig.from_peft_type(**{**written_by_hand, **fields})
     else:
         config = PeftConfig.from_pretrained(str(path))
     if not isinstance(config, ReftConfig):

@@ -5,14 +5,25 @@ This module translates and checks. It knows axolotl's keys and ReftConfig's fiel
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Optional, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model, field_validator, model_validator
-from typing_extensions import Self
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationInfo,
+    create_model,
+    field_validator,
+)
+from pydantic_core import core_schema
 
 from peft_reft import ReftConfig
 from peft_reft.tuner.config import own_fields
 from peft_reft.tuner.interventions.formulas import INTERVENTIONS
+
+from .validation import is_reft, own_name, refuse_unknown_prompts, validated_as_lora
 
 
 # LoRA keys that mean the same for ReFT -> the field of ReftConfig that each one sets.
@@ -26,10 +37,9 @@ SHARED_KEYS = {
 }
 # LoRA keys that are about loading, the same for every adapter.
 LOADING_KEYS = {"lora_model_dir", "lora_on_cpu", "peft_autocast_adapter_dtype"}
-# Values of `rl:` whose trainers pass the model keys that a collator adds to a batch, `prompt_lengths` among them.
-# Other trainers pass ids and masks only.
-TOLD_BY_COLLATOR = ("dpo", "ipo", "kto")
-LORA_PREFIXES = ("lora_", "peft_", "loraplus_", "qlora_")
+# Keys of LoRA alone. `peft:` holds LoftQ's settings, and nvfp4_merge_aware is about LoRA's matrices.
+LORA_PREFIXES = ("lora_", "peft_", "loraplus_", "qlora_", "nvfp4_merge_aware")
+LORA_KEYS = {"peft"}
 
 
 # Fields that neither a LoRA key nor the `reft:` block sets.
@@ -39,6 +49,25 @@ SET_ELSEWHERE = {
     "width",  # by the model
     "subspaces",  # not yet: no row of axolotl's datasets can name one
 }
+
+
+def _validate(data: Any, validate: Callable[[Any], Any]) -> Any:
+    """Validate axolotl's whole config: by LoRA's rules, and then by ReFT's own, if `adapter:` is a ReFT adapter."""
+    adapter = own_name(data.get("adapter")) if isinstance(data, dict) else None
+    if not is_reft(adapter):
+        model = validate(data)
+        if model.reft is not None:
+            raise ValueError(
+                f"reft: is set, but adapter: {adapter} is not a ReFT adapter. Set adapter: to one of "
+                f"{', '.join(INTERVENTIONS)}, or remove the reft: block."
+            )
+        return model
+    model = validated_as_lora(data | {"adapter": adapter}, validate)
+    config = reft_config(model)
+    if getattr(model, "merge_lora", None):
+        _check_merge(model, config)
+    refuse_unknown_prompts(model, config)
+    return model
 
 
 class _Block(BaseModel):
@@ -79,28 +108,13 @@ class _Args(BaseModel):
     # Set by `--debug`, which overrides a YAML's `debug:`. axolotl drops keys that nothing declares.
     debug: bool | None = Field(default=None, description="Log the edited tokens of a training batch.")
 
-    @model_validator(mode="before")
     @classmethod
-    def check_loading(cls, data: Any) -> Any:
-        """Check loading in 4 bits before axolotl does: its messages advise on LoRA only."""
-        if isinstance(data, dict) and is_reft(data.get("adapter")) and data.get("load_in_4bit"):
-            _check_base_can_be_loaded(data)
-        return data
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        """Stand outside all of axolotl's validators: they see another `adapter:`, and ours is judged before and after.
 
-    @model_validator(mode="after")
-    def check_reft(self) -> Self:
-        adapter = getattr(self, "adapter", None)
-        if is_reft(adapter):
-            config = reft_config(self)
-            if getattr(self, "merge_lora", None):
-                _check_merge(self, config)
-            _check_prompts_are_known(self, config)
-        elif self.reft is not None:
-            raise ValueError(
-                f"reft: is set, but adapter: {adapter} is not a ReFT adapter. Set adapter: to one of "
-                f"{', '.join(INTERVENTIONS)}, or remove the reft: block."
-            )
-        return self
+        A validator of this class can't do it: pydantic runs those of axolotl's classes before and after them.
+        """
+        return core_schema.no_info_wrap_validator_function(_validate, handler(source))
 
 
 ReftArgs = create_model(
@@ -130,49 +144,6 @@ def _check_merge(cfg: Any, config: ReftConfig) -> None:
         )
 
 
-def _check_prompts_are_known(cfg: Any, config: ReftConfig) -> None:
-    """Refuse settings of axolotl with which nothing says where prompts end, before a model is loaded."""
-    if config.spec.all_tokens or config.response_template is not None:
-        return
-    ways_out = (
-        "set reft: response_template: to the text that your answers begin after (for example '### Response:', or "
-        "'<|im_start|>assistant\\n'), or reft: positions: all"
-    )
-    if getattr(cfg, "train_on_inputs", None):
-        raise ValueError(
-            "train_on_inputs: true leaves no label masked, so labels do not say where prompts end, and ReFT edits "
-            f"tokens of the prompt. Set train_on_inputs: false; or, to train on inputs too, {ways_out}."
-        )
-    rl = getattr(cfg, "rl", None)
-    if rl is not None and str(getattr(rl, "value", rl)) not in TOLD_BY_COLLATOR:
-        raise ValueError(
-            f"rl: {getattr(rl, 'value', rl)} gives the model no labels and no key that a collator adds, so nothing "
-            f"says where prompts end, and ReFT edits tokens of the prompt. For this trainer, {ways_out}."
-        )
-
-
-def _check_base_can_be_loaded(data: dict) -> None:
-    """Refuse ways of loading a 4-bit base that axolotl has for `adapter: qlora` only, and name one for ReFT."""
-    if data.get("nf4_backend") == "torchao":
-        raise ValueError(
-            f"nf4_backend: torchao is for adapter: qlora alone, not for adapter: {data['adapter']}. Remove "
-            "nf4_backend: bitsandbytes, the default, quantizes the base to 4 bits of the same kind (NF4)."
-        )
-    fsdp = data.get("fsdp_config") or {}
-    if fsdp.get("cpu_ram_efficient_loading") or fsdp.get("fsdp_cpu_ram_efficient_loading"):
-        raise ValueError(
-            "fsdp_config: cpu_ram_efficient_loading: true with load_in_4bit: true is for adapter: qlora alone (from "
-            f"axolotl 0.21 on; before, for none), not for adapter: {data['adapter']}, and "
-            "qlora_sharded_model_loading: true does not change that. Set fsdp_config: cpu_ram_efficient_loading: "
-            "false: every process then loads and quantizes the base by itself. Or keep it, and remove load_in_4bit."
-        )
-
-
-def is_reft(adapter: str | None) -> bool:
-    """Whether an `adapter:` of a YAML is a ReFT adapter."""
-    return adapter in INTERVENTIONS
-
-
 def reft_config(cfg: Any, task_type: str | None = None) -> ReftConfig:
     """The ReftConfig that a YAML asks for.
 
@@ -198,7 +169,11 @@ def reft_config(cfg: Any, task_type: str | None = None) -> ReftConfig:
         raise ValueError(f"{error} (In this YAML, adapter sets intervention, {keys}.)") from error
 
 
+def _of_lora_alone(key: str) -> bool:
+    return key in LORA_KEYS or key.startswith(LORA_PREFIXES)
+
+
 def meaningless_keys(cfg: Any) -> list[str]:
     """The LoRA keys of a YAML that have no meaning for ReFT."""
     known = {*SHARED_KEYS, *LOADING_KEYS}
-    return sorted(key for key, value in cfg.items() if key.startswith(LORA_PREFIXES) and key not in known and value)
+    return sorted(key for key, value in cfg.items() if _of_lora_alone(key) and key not in known and value)

@@ -23,6 +23,7 @@ CALLED = (
     "axolotl.loaders.adapter:_get_peft_task_type",
     "axolotl.loaders.model:ModelLoader.load",
     "axolotl.loaders.tokenizer:load_tokenizer",
+    "axolotl.utils.chat_templates:get_chat_template_from_config",
 )
 # Hooks of axolotl that the plugin overrides. axolotl declares each hook that it calls on BasePlugin.
 HOOKS = (
@@ -30,9 +31,26 @@ HOOKS = (
     "get_adapter_capabilities",
     "get_input_args",
     "load_adapter",
+    "load_datasets",
     "pre_lora_load",
     "register",
 )
+
+
+# Chat templates whose strategies, in axolotl.processing_strategies, build role boundaries. Strategies of other
+# templates are chosen by the processor's class, or mask padding and images only.
+ROLES_OF_TEMPLATES = {
+    "gemma3",
+    "gemma3n",
+    "gemma4",
+    "gemma4_unified",
+    "llama3_2_vision",
+    "llama4",
+    "mistral_v7_tekken",
+    "pixtral",
+    "qwen2_vl",
+    "qwen3_5",
+}
 
 
 @functools.cache
@@ -61,6 +79,29 @@ def tokenizer_of(cfg: Any) -> PreTrainedTokenizerBase:
     from axolotl.loaders.tokenizer import load_tokenizer
 
     return load_tokenizer(cfg)
+
+
+def chat_template_of(cfg: Any, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template by which axolotl renders a dataset of type: chat_template."""
+    from axolotl.utils.chat_templates import get_chat_template_from_config
+
+    return get_chat_template_from_config(cfg=cfg, ds_cfg=dataset, tokenizer=tokenizer)
+
+
+def has_fsdp1() -> bool:
+    """Whether `fsdp_config:` without a version means FSDP1: axolotl 0.21 has FSDP2 alone, and says so."""
+    from axolotl.utils.schemas import validation
+
+    return not hasattr(validation, "FSDP1_MIGRATION_DOCS")
+
+
+def knows_role_boundaries(chat_template: str, model_type: str | None) -> bool:
+    """Whether axolotl masks labels by roles in a batch with images, for a chat template that it has by name."""
+    from axolotl.model_support import get_model_support, resolve_model_support
+
+    support = resolve_model_support(get_model_support(model_type) or get_model_support(chat_template))
+    registered = support is not None and support.strategies.processing_strategy_cls is not None
+    return registered or chat_template in ROLES_OF_TEMPLATES
 
 
 def build_base_as_for_lora() -> None:

@@ -15,12 +15,15 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
 from peft_reft import PromptLengthsCollator, ReftConfig, explain_positions
+from peft_reft.tuner.chat_template import AUTO
 from peft_reft.tuner.config import own_fields
 from peft_reft.tuner.forward.transformers_api import text_template
 from peft_reft.tuner.interventions.formulas import INTERVENTIONS
 
 from . import axolotl_api
-from .args import is_reft, meaningless_keys, reft_config
+from .args import meaningless_keys, reft_config
+from .template import find_template
+from .validation import TOLD_BY_COLLATOR, about_learning_rate, is_reft, own_name
 
 
 if TYPE_CHECKING:
@@ -37,12 +40,14 @@ class ReftPlugin(BasePlugin):
         return "peft_reft.integrations.axolotl.ReftArgs" if self._is_first() else None
 
     def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
-        return [AdapterCapabilities(name=name) for name in INTERVENTIONS]
+        return [AdapterCapabilities(name=name) for name in (*INTERVENTIONS, "reft")]
 
     def register(self, cfg: DictDefault) -> None:
         """Remove the LoRA keys that have no meaning for ReFT, and name them in a warning."""
-        if not is_reft(cfg.get("adapter")):
+        adapter = own_name(cfg.get("adapter"))
+        if not is_reft(adapter):
             return
+        cfg["adapter"] = adapter
         axolotl_api.check_axolotl()
         axolotl_api.build_base_as_for_lora()
         ignored = meaningless_keys(cfg)
@@ -50,6 +55,10 @@ class ReftPlugin(BasePlugin):
             LOG.warning("adapter: %s has no use for these LoRA keys, ignored: %s", cfg["adapter"], ", ".join(ignored))
         for key in ignored:
             del cfg[key]
+        remark = about_learning_rate(cfg)
+        if remark is not None:
+            level, line = remark
+            getattr(LOG, level)(line)
 
     def pre_lora_load(self, cfg: DictDefault, model: PreTrainedModel) -> None:
         """Set `adapter:` back to the YAML's value, once the base model is built as LoRA's is."""
@@ -59,11 +68,18 @@ class ReftPlugin(BasePlugin):
         """For trainers that pass no labels, have the collator add `prompt_lengths`. Log edited tokens if asked to."""
         if is_reft(cfg.adapter) and self._is_first():
             config = reft_config(cfg)
-            if cfg.rl and config.response_template is None and not config.spec.all_tokens:
+            untold = config.response_template in (None, AUTO) and not config.spec.all_tokens
+            if untold and cfg.rl in TOLD_BY_COLLATOR:
                 trainer.data_collator = PromptLengthsCollator(trainer.data_collator)
             if cfg.debug or (cfg.reft or {}).get("debug"):
                 _show_positions(trainer)
         return []
+
+    def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
+        """Look for the response template before datasets and the base model are loaded, so that a YAML whose datasets
+        do not say where answers begin is refused early."""
+        if is_reft(cfg.adapter) and self._is_first():
+            _settle_template(reft_config(cfg), cfg)
 
     def load_adapter(
         self, model: PreTrainedModel, cfg: DictDefault, inference: bool = False, config_only: bool = False
@@ -71,8 +87,11 @@ class ReftPlugin(BasePlugin):
         if not is_reft(cfg.adapter):
             return None
         config = reft_config(cfg, axolotl_api.task_type(model))
-        if isinstance(config.response_template, str):
-            _check_template(config.response_template, config, cfg)
+        asked = config.response_template
+        if asked == AUTO and not inference:
+            _settle_template(config, cfg)
+        elif isinstance(asked, str) and asked != AUTO:
+            _check_template(asked, config, cfg)
         if cfg.seed is not None and not cfg.lora_model_dir:
             # As axolotl 0.21 does for LoRA: the start of the adapter depends on the seed alone, not on earlier draws.
             set_seed(cfg.seed)
@@ -82,7 +101,8 @@ class ReftPlugin(BasePlugin):
         if cfg.peft_autocast_adapter_dtype is not None:
             options["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
         if cfg.lora_model_dir:
-            _check_saved(PeftConfig.from_pretrained(cfg.lora_model_dir), config, cfg)
+            unset = {"response_template"} if asked == AUTO else set()
+            _check_saved(PeftConfig.from_pretrained(cfg.lora_model_dir), config, cfg, unset)
             if cfg.lora_on_cpu:
                 options |= {"max_memory": {"cpu": "256GiB"}, "device_map": {"": "cpu"}}
             adapted = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference, **options)
@@ -106,6 +126,20 @@ def _show_positions(trainer: Any) -> None:
     LOG.info("debug: the tokens that ReFT edits in a training batch\n%s", shown.getvalue())
 
 
+def _settle_template(config: ReftConfig, cfg: DictDefault) -> None:
+    """Fill in the response template of the YAML's chat templates, where it sets none itself. Trainers whose collator
+    tells the prompts need none."""
+    if config.response_template != AUTO or config.spec.all_tokens:
+        return
+    if cfg.rl in TOLD_BY_COLLATOR or config.task_type not in (None, "CAUSAL_LM"):
+        config.note_template(None)
+        return
+    ids = find_template(cfg)
+    config.note_template(ids)
+    if ids is not None:
+        LOG.info("reft: response_template: %s, with which the chat template opens answers", ids)
+
+
 def _check_template(text: str, config: ReftConfig, cfg: DictDefault) -> None:
     """Refuse a template with tokens that the YAML adds to the tokenizer: a saved adapter finds its template by the
     tokenizer that its config names, which lacks them."""
@@ -120,11 +154,12 @@ def _check_template(text: str, config: ReftConfig, cfg: DictDefault) -> None:
 
 
 # Of a saved adapter: fields that are compared before, or that say nothing of what it edits.
-NOT_COMPARED = {"intervention", "init_weights", "tokenizer_name_or_path", "width"}
+NOT_COMPARED = {"intervention", "init_weights", "tokenizer_name_or_path", "width", "response_template_optional"}
 
 
-def _check_saved(saved: PeftConfig, asked: ReftConfig, cfg: DictDefault) -> None:
-    """Refuse a saved adapter with another edit, and warn of other settings that differ: the adapter keeps its own."""
+def _check_saved(saved: PeftConfig, asked: ReftConfig, cfg: DictDefault, unset: set[str]) -> None:
+    """Refuse a saved adapter with another edit, and warn of other settings that differ: the adapter keeps its own.
+    Fields that the YAML leaves `unset` are not compared."""
     if not isinstance(saved, ReftConfig) or saved.intervention != asked.intervention:
         kind = (
             saved.intervention
@@ -138,7 +173,7 @@ def _check_saved(saved: PeftConfig, asked: ReftConfig, cfg: DictDefault) -> None
     differing = [
         f"{name} ({getattr(asked, name)!r} in the YAML)"
         for name in own_fields()
-        if name not in NOT_COMPARED
+        if name not in NOT_COMPARED | unset
         and getattr(asked, name) is not None
         and getattr(saved, name) != getattr(asked, name)
     ]

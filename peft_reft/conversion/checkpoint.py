@@ -134,6 +134,7 @@ def _config(checkpoint: Checkpoint, base: BaseModel, positions: str) -> ReftConf
         if whole_blocks and len(edits) < len(stack)
         else None,
         modules_to_save=heads or None,
+        response_template=None,  # the checkpoint's own library does not look for any
         base_model_name_or_path=base.name,
         task_type=base.task_type,
         inference_mode=True,

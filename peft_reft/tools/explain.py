@@ -35,6 +35,8 @@ READ = (
     "prompt_lengths",
     "intervention_mask",
 )
+# The source of a batch whose sequences may lack the response template.
+LABELS_TELL_THE_REST = "response_template or labels"
 LEGEND = "F[ ] first token  L[ ] last token  » an answer begins  « a prompt begins again"
 
 
@@ -70,7 +72,9 @@ class ExplainedSequence:
         """Sentences about edits that are probably not what the user wants."""
         found = []
         if not self.first and not self.last:
-            found.append("no token is edited")
+            short = len(self.prompt) == 1 and self.source != "intervention_mask"
+            why = ", for a prompt of one token has none for both first and last tokens" if short else ""
+            found.append(f"no token is edited{why}")
         # With a label on the first token, prompts are trained too. Else each token with a label is an answer's.
         if 0 not in self.trained and (answers := sorted({*self.first, *self.last} & {*self.trained})):
             found.append(f"edited tokens are part of an answer, which generation would not edit: {answers}")
@@ -120,7 +124,7 @@ def explain_positions(
 
     Raises:
         ValueError: when the batch has no `input_ids`, when the model has no active ReFT adapter, or as a
-            forward would: when labels, lengths or masks do not fit the batch, or leave it no prompt.
+            forward would: when labels, lengths or masks do not fit the batch.
     """
     config, rules = _config_and_rules(model_or_config, tokenizer)
     tensors = {
@@ -142,6 +146,13 @@ def explain_positions(
         console.print(f"positions={config.positions!r}. {LEGEND}")
         for sequence in explained:
             console.print(sequence)
+        unedited = sum(not sequence.first and not sequence.last for sequence in explained)
+        if unedited:
+            console.print(
+                f"{unedited} of {len(explained)} sequences have no token that is edited. Training passes such rows "
+                "over, and is an error where its first batches have no others.",
+                style="bold red",
+            )
     return explained
 
 
@@ -175,6 +186,9 @@ def _explain(rules: Rules, batch: Batch, tokenizer: Any) -> list[ExplainedSequen
         selected = select_tokens(rules, batch, training=False)
         first_BS, last_BS, source = selected.first_BS, selected.last_BS, selected.origin
         prompt_BS = sequences.real_BS if selected.prompt_BS is None else selected.prompt_BS
+    ends_BS = torch.zeros_like(prompt_BS)
+    if source == LABELS_TELL_THE_REST and rules.template is not None and batch.input_ids is not None:
+        ends_BS = rules.template.matches(batch.input_ids, sequences.start_BS) & prompt_BS
     trained_BS = torch.zeros_like(prompt_BS) if batch.labels is None else batch.labels != IGNORED_LABEL
     explained = []
     # The number of each token's sequence in its row, from 1.
@@ -188,6 +202,9 @@ def _explain(rules: Rules, batch: Batch, tokenizer: Any) -> list[ExplainedSequen
                 return mask_BS[row, columns].nonzero().flatten().tolist()
 
             ids = batch.input_ids[row, columns].tolist()
+            own = source
+            if source == LABELS_TELL_THE_REST:
+                own = "response_template" if indices(ends_BS) else "labels"
             explained.append(
                 ExplainedSequence(
                     row=row,
@@ -198,7 +215,7 @@ def _explain(rules: Rules, batch: Batch, tokenizer: Any) -> list[ExplainedSequen
                     last=indices(last_BS),
                     prompt=indices(prompt_BS),
                     trained=indices(trained_BS),
-                    source=source,
+                    source=own,
                 )
             )
     return explained

@@ -14,10 +14,11 @@ from typing import Any, Literal, Optional, TypeVar, Union
 
 from peft import PeftConfig, TaskType
 
+from .chat_template import AUTO, FoundTemplate, search_with
 from .forward.transformers_api import ACT2FN, end_ids, text_template
 from .interventions.formulas import INTERVENTIONS
 from .parameters.loading import check_file
-from .peft_api import get_pattern_key
+from .peft_api import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_pattern_key
 from .peft_type import NAME, add_peft_type
 from .positions.spec import PositionSpec, Rules
 from .positions.template import IdTemplate, TextTemplate
@@ -29,12 +30,19 @@ ANSWERING = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 T = TypeVar("T", bound=type)
 
 
-def _refuses_unknown_fields(config_class: T) -> T:
-    """Class decorator: a saved config with a field that this version does not know raises a ValueError. PEFT would
-    drop the field with a warning, and the adapter might then edit otherwise than it was trained to.
+# The number of the format in which configs are saved. A version that adds a field by which an adapter edits otherwise
+# raises it, and saves it as `reft_format`, so that older versions refuse what they would misread.
+FORMAT = 0
 
-    An unknown field that is null, false or empty is left to PEFT. So a field that a later version adds must have such
-    a default.
+
+class UnusableConfig(ValueError, TypeError):
+    """An adapter_config.json that can't be used. A TypeError too, as PEFT's error for one without a required key."""
+
+
+def _refuses_later_formats(config_class: T) -> T:
+    """Class decorator: a saved config of a later format, with a field that this version does not know, raises a
+    ValueError. PEFT would drop the field with a warning, and the adapter might then edit otherwise than it was trained
+    to. Any other unknown field is left to PEFT's warning.
     """
     init = config_class.__init__  # type: ignore[misc]
 
@@ -44,14 +52,17 @@ def _refuses_unknown_fields(config_class: T) -> T:
         unknown = {
             key: value for key, value in kwargs.items() if key not in known and value not in (None, False, [], {}, "")
         }
-        # Only a saved config has "peft_type". A misspelt keyword in a program stays a TypeError, as for any class.
-        if unknown and "peft_type" in kwargs:
+        # Only a saved config has "peft_type". One without a template was saved by a version that did not look for any:
+        # its adapter was trained without.
+        if "peft_type" in kwargs:
+            kwargs.setdefault("response_template", None)
+        later = kwargs.pop("reft_format", None) or 0
+        if unknown and later > FORMAT:
             raise ValueError(
                 "The saved config has "
-                + ", ".join(f"{key}={value!r}" for key, value in sorted(unknown.items()))
-                + ", which this version does not know and which may change what the adapter edits. A newer peft_reft "
-                "or PEFT saved it: upgrade both. If you know that the adapter works without, delete it from "
-                "adapter_config.json."
+                + ", ".join(f"{key}={value!r}" for key, value in sorted(unknown.items()) if key != "reft_format")
+                + f" and reft_format={later}: fields of a newer peft_reft, which may change what the adapter edits. "
+                f"This version knows format {FORMAT}: upgrade peft_reft and PEFT."
             )
         init(self, *args, **kwargs)
 
@@ -70,7 +81,7 @@ def _described_by_its_docstring(config_class: T) -> T:
     return config_class
 
 
-@_refuses_unknown_fields
+@_refuses_later_formats
 @_described_by_its_docstring
 @dataclass
 class ReftConfig(PeftConfig):
@@ -110,7 +121,11 @@ class ReftConfig(PeftConfig):
             answer: the end of a prompt as the model sees it, `"<|im_start|>assistant\\n"` or `"### Response:"` for
             example. ReFT then finds the prompts without labels, so they are the same in supervised training,
             preference training, multi-turn conversations and generation. A text is found whichever way the tokenizer
-            splits it into tokens. Has no effect for `"all"`.
+            splits it into tokens. `"auto"` (default): the token ids with which the chat template of the base model's
+            tokenizer opens an answer. They are looked for on this machine when the adapter is made, and saved in
+            place of `"auto"`; None where there are none. None: labels tell the prompts. Has no effect for `"all"`.
+        response_template_optional (`bool`): Whether a training sequence may lack the response template: its labels
+            then tell its prompt. `response_template="auto"` sets it where it finds a template.
         prompt_boundary (`str`): The prompts of a conversation of several turns. `"first"` (default): the tokens before
             the first answer are its one prompt. `"every"`: each turn has a prompt, whose last tokens are edited; the
             first tokens that are edited are the first of the conversation.
@@ -140,7 +155,8 @@ class ReftConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     modules_to_save: Optional[list[str]] = None
     trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = None
-    response_template: Optional[Union[str, list[int]]] = None
+    response_template: Optional[Union[str, list[int]]] = AUTO
+    response_template_optional: bool = False
     prompt_boundary: Literal["first", "every"] = "first"
     tokenizer_name_or_path: Optional[str] = None
     subspaces: Optional[dict[str, int]] = None
@@ -149,13 +165,13 @@ class ReftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type(NAME)
-        self._width_is_noted = False
+        self._width_is_noted = self._template_is_noted = False
         if not _is_int(self.r) or self.r < 1:
             _reject("r", self.r, "a whole number of at least 1", "r=8")
         if self.intervention not in INTERVENTIONS:
             _reject("intervention", self.intervention, "one of " + ", ".join(INTERVENTIONS), "intervention='loreft'")
         PositionSpec.parse(self.positions)
-        for name in ("share_weights", "add_bias"):
+        for name in ("share_weights", "add_bias", "response_template_optional"):
             if not isinstance(getattr(self, name), bool):
                 _reject(name, getattr(self, name), "True or False", f"{name}=True")
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
@@ -209,10 +225,11 @@ class ReftConfig(PeftConfig):
             _reject(
                 "response_template",
                 template,
-                "None, the text that answers begin after, or its token ids",
+                "'auto', None, the text that answers begin after, or its token ids",
                 "response_template='<|im_start|>assistant\\n'",
             )
-        if template is not None and self.task_type is not None and self.task_type not in ANSWERING:
+        given = template not in (None, AUTO)
+        if given and self.task_type is not None and self.task_type not in ANSWERING:
             _reject(
                 "response_template",
                 template,
@@ -221,7 +238,10 @@ class ReftConfig(PeftConfig):
             )
         if self.prompt_boundary not in ("first", "every"):
             _reject("prompt_boundary", self.prompt_boundary, "'first' or 'every'", "prompt_boundary='every'")
-        if self.prompt_boundary == "every" and template is None and not self.spec.all_tokens:
+        self._warn_of_turns()
+
+    def _warn_of_turns(self) -> None:
+        if self.prompt_boundary == "every" and self.response_template is None and not self.spec.all_tokens:
             warnings.warn(
                 "prompt_boundary='every' without response_template: labels tell the turns in training, but nothing "
                 "tells them in generate, which takes a whole conversation for one prompt. Set response_template for "
@@ -280,7 +300,8 @@ class ReftConfig(PeftConfig):
         indices = [layers] if not isinstance(layers, (list, tuple, range, set)) else list(layers)
         if not indices or any(not _is_int(index) or index < 0 for index in indices):
             _reject("layers_to_transform", layers, "None, or indices of layers from 0", "layers_to_transform=[8, 16]")
-        self.layers_to_transform = sorted(set(indices))
+        if not isinstance(layers, int):  # one index stays as it was given, as in LoraConfig
+            self.layers_to_transform = sorted(set(indices))
 
     @classmethod
     def from_pretrained(
@@ -298,11 +319,27 @@ class ReftConfig(PeftConfig):
         try:
             config = super().from_pretrained(str(pretrained_model_name_or_path), subfolder, **kwargs)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"The adapter_config.json of {where!r} can't be used: {error}") from error
+            raise UnusableConfig(f"The adapter_config.json of {where!r} can't be used: {error}") from error
         if isinstance(config, cls):
             hub, _, _ = cls._split_kwargs(kwargs)
             check_file(pretrained_model_name_or_path, config, **{"subfolder": subfolder, **hub})
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the config. PEFT calls this after it has saved the weights, in the same folder.
+
+        A warning says so where the weights are a pickle (`safe_serialization=False`).
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        saved = [
+            os.path.exists(os.path.join(save_directory, name)) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+        ]
+        if saved == [False, True]:
+            warnings.warn(
+                f"The adapter is saved as a pickle, {os.path.join(save_directory, WEIGHTS_NAME)}: a kind of file "
+                "that may hold code, which many tools refuse to read. It is read with weights_only=True, which runs "
+                f"none. Leave safe_serialization=False out to save {SAFETENSORS_WEIGHTS_NAME}."
+            )
 
     @property
     def spec(self) -> PositionSpec:
@@ -318,7 +355,8 @@ class ReftConfig(PeftConfig):
         """How the adapter finds its tokens.
 
         Args:
-            tokenizer (`Callable[[], PreTrainedTokenizerBase]`): Gives the tokenizer, where a text template needs it.
+            tokenizer (`Callable[[], PreTrainedTokenizerBase]`): Gives the tokenizer, where a template needs it. Raises
+                ValueError where there is none.
             eos (`int` or `list[int]`, *optional*): The tokens at which the model's `generate` stops.
             can_generate (`bool`): Whether the model generates text. Decides, where the config has no task type,
                 whether labels are the tokens of answers.
@@ -326,8 +364,14 @@ class ReftConfig(PeftConfig):
         Raises:
             ValueError: when the text of the template is not found in the tokens that the tokenizer makes of it.
         """
+        reads_labels = can_generate if self.task_type is None else self.task_type in ANSWERING
         template: IdTemplate | TextTemplate | None = None
-        if isinstance(self.response_template, str):
+        optional, found = self.response_template_optional, FoundTemplate(None)
+        if self.asked_template == AUTO:
+            if reads_labels and not self.spec.all_tokens:
+                found = search_with(tokenizer)
+            template, optional = None if found.ids is None else IdTemplate(found.ids), found.ids is not None
+        elif isinstance(self.response_template, str):
             template = text_template(self.response_template, tokenizer())
         elif self.response_template is not None:
             template = IdTemplate(self.response_template)
@@ -336,10 +380,26 @@ class ReftConfig(PeftConfig):
             groups=self.groups,
             every=self.prompt_boundary == "every",
             template=template,
+            template_optional=optional,
+            why_no_template=found.reason,
             end_ids=end_ids(eos),
-            reads_labels=can_generate if self.task_type is None else self.task_type in ANSWERING,
+            reads_labels=reads_labels,
             subspaces=tuple((self.subspaces or {}).items()),
         )
+
+    @property
+    def asked_template(self) -> str | list[int] | None:
+        """The `response_template` that was asked for: `"auto"`, too, where the config has what was found for it."""
+        return AUTO if self._template_is_noted else self.response_template
+
+    def note_template(self, ids: list[int] | None) -> None:
+        """Fill in what `response_template="auto"` found, so that it is saved: token ids, or None.
+
+        It stays `"auto"` for the next adapter that the same config makes, whose model may have another tokenizer.
+        """
+        self._template_is_noted = True
+        self.response_template, self.response_template_optional = ids, ids is not None
+        self._warn_of_turns()
 
     @property
     def groups(self) -> int:

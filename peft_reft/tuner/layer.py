@@ -24,6 +24,7 @@ from .forward.plan import ModelState, unplanned
 from .forward.transformers_api import Conv1D
 from .interventions.apply import Edit, Job, edit_state
 from .interventions.formulas import INTERVENTIONS, WEIGHT_DTYPES, activation, initialize
+from .layouts import Layout
 from .merging import MergedEdit, merge_edit, obstacle, unmerge_edit
 from .parameters.bases import Bases, retract_stale
 from .parameters.stacked import LayerAdapter, Parameters
@@ -54,6 +55,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         is_block (`bool`): Whether the module is a block: its output is the hidden state of a layer of the model.
         in_encoder (`bool`): Whether the module lies in the encoder of an encoder-decoder model, whose tokens are not
             the decoder's.
+        layout (`Layout`, *optional*): How the output holds the tokens. None: [B, S, D].
     """
 
     adapter_layer_names = ("reft_R", "reft_W", "reft_b")
@@ -62,7 +64,13 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     cast_input_dtype_enabled = True
 
     def __init__(
-        self, base_layer: nn.Module, state: ModelState, name: str, is_block: bool, in_encoder: bool = False
+        self,
+        base_layer: nn.Module,
+        state: ModelState,
+        name: str,
+        is_block: bool,
+        in_encoder: bool = False,
+        layout: Layout | None = None,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -70,6 +78,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.name = name
         self.is_block = is_block
         self.in_encoder = in_encoder
+        self.layout = layout
         # PEFT reads these two. A linear layer has them, and __getattr__ forwards them; these two classes lack them.
         if isinstance(base_layer, (nn.Embedding, Conv1D)):
             self.in_features: int | None
@@ -311,7 +320,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         output = self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
         if not jobs:
             return output
-        h = output[0] if isinstance(output, tuple) else output
+        h = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(h, Tensor):
             raise TypeError(
                 f"{self.name!r} returns {type(h).__name__}. ReFT edits modules that return a tensor, or a tuple that "
@@ -322,8 +331,24 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         # operation that does not save this result for backward, and raises an error in backward where one does.
         writable = not torch.is_grad_enabled() or _may_be_written(h)
         owned = self.is_block and writable and not _is_among(h, args, kwargs.values())
-        h = edit_state(h, jobs, self.weights, owned)
-        return (h, *output[1:]) if isinstance(output, tuple) else h
+        if self.layout is None:
+            h = edit_state(h, jobs, self.weights, owned)
+        else:
+            h = self._edit_in_layout(h, self.layout, jobs, owned)
+        if isinstance(output, Tensor):
+            return h
+        return (h, *output[1:]) if type(output) is tuple else _with_first(output, h)
+
+    def _edit_in_layout(self, state: Tensor, layout: Layout, jobs: tuple[Job, ...], owned: bool) -> Tensor:
+        """Edit an output that is not [B, S, D]. As for other outputs, an owned one is edited in place."""
+        selection = jobs[0].selection
+        count = None if selection is None else selection.edited_BS.shape[1]
+        h = layout.tokens(state, count).clone(memory_format=torch.contiguous_format)
+        edited = edit_state(h.flatten(2), jobs, self.weights, writable=True).view_as(h)
+        if not owned:
+            state = state.clone()
+        layout.tokens(state, count).copy_(edited)
+        return state
 
     def _unplanned_jobs(self) -> tuple[Job, ...]:
         """The jobs of this layer when it runs outside any forward of the model, without a plan. That works where each
@@ -353,6 +378,13 @@ def _computes_on(module: nn.Module) -> torch.device | str | int | None:
         if not parameter.is_meta:
             return parameter.device
     return hooked_device(module)
+
+
+def _with_first(output: Any, h: Tensor) -> Any:
+    """A list or a named tuple with another first member, in its own type."""
+    if isinstance(output, list):
+        return [h, *output[1:]]
+    return type(output)(h, *output[1:])  # a named tuple
 
 
 def _is_among(h: Tensor, *arguments: Iterable[Any]) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
 
@@ -14,24 +15,20 @@ from .config import ReftConfig
 from .engines_api import check_accelerate, has_hook
 from .forward.context import ForwardContext
 from .forward.mixed import mixed_modules_to_save
-from .forward.transformers_api import AutoTokenizer, Conv1D, can_generate, check_transformers, encoder_of, eos_token_id
+from .forward.transformers_api import Conv1D, check_transformers, encoder_of
 from .layer import ReftLayer
 from .merging import quantization_backend, refuse_shared_weights, warn_of_new_biases
 from .parameters.distributed import refuse_sharded_base
 from .parameters.loading import check_names
 from .peft_api import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers, check_peft
 from .peft_type import NAME
-from .positions.spec import Rules
+from .rules import rules_of
 from .targets import Target, find_targets, not_a_target, target_of
 
 
-# TRL's preference trainers, given a PeftModel, add an adapter "ref" and copy to it the weights whose names contain
-# ".default.". ReFT's names end in ".default", so no weight of ReFT is copied.
-TRL_REFERENCE = (
-    "An adapter named 'ref' was added beside 'default', with weights of its own. If a trainer of TRL made it, to be "
-    "the reference of a trained adapter, it does not find ReFT's weights to copy. Copy them: "
-    "set_peft_model_state_dict(model, get_peft_model_state_dict(model), adapter_name='ref')."
-)
+# TRL's preference trainers, given a PeftModel, add an adapter of this name to be the reference, with the very config
+# object of "default", and copy to it the weights whose names contain ".default.". ReFT's names end in ".default".
+REFERENCE, TRAINED = "ref", "default"
 
 
 class ReftModel(BaseTuner):
@@ -98,13 +95,14 @@ class ReftModel(BaseTuner):
                 f"adapter_name={adapter_name!r} is not possible: PEFT makes it a part of the names of parameters, "
                 "where a dot separates modules. Choose a name without dots."
             )
-        if adapter_name == "ref" and "default" in self.peft_config:
-            warnings.warn(TRL_REFERENCE)
         encoder = encoder_of(model)
         self._context = ForwardContext.of(model) or ForwardContext(model, encoder)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = [module for module in model.modules() if isinstance(module, ReftLayer)]
         self._context.add_adapter(model, encoder, layers, adapter_name, self._rules)
+        configs = self.peft_config
+        if adapter_name == REFERENCE and configs[REFERENCE] is configs.get(TRAINED):
+            _copy_adapter(model, TRAINED, REFERENCE)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
@@ -122,7 +120,7 @@ class ReftModel(BaseTuner):
         self._include_all_linear_layers(peft_config, model)
         self._targets: dict[str, Target] = find_targets(model, peft_config)
         peft_config.note_width({target.width for target in self._targets.values()})
-        self._rules = _rules(model, peft_config)
+        self._rules = rules_of(model, peft_config)
         encoder = encoder_of(model)
         self._encoder_modules = set() if encoder is None else set(encoder.modules())
 
@@ -165,7 +163,7 @@ class ReftModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, found.rank, found.width)
             return
         in_encoder = target in self._encoder_modules
-        layer = ReftLayer(target, self._context.state, current_key, found.is_block, in_encoder)
+        layer = ReftLayer(target, self._context.state, current_key, found.is_block, in_encoder, found.layout)
         layer.quantization_backend = quantization_backend(target, self.model)
         layer.update_layer(adapter_name, peft_config, found.rank, found.width)
         if adapter_name not in self.active_adapters:
@@ -264,8 +262,8 @@ class ReftModel(BaseTuner):
             layer.refuse_merge(name)
             if safe_merge and not all(weight is None or weight.isfinite().all() for weight in layer.weights(name)):
                 raise ValueError(
-                    f"NaNs detected in the merged weights, or infinity: the adapter {name!r} seems to be broken in "
-                    f"{layer.name!r}. Nothing was merged."
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken: it holds NaN or "
+                    f"infinity in {layer.name!r}. Nothing was merged."
                 )
         refuse_shared_weights(self.model, {layer.name: layer.get_base_layer() for layer, _ in targets})
         backends = {layer.quantization_backend.backend_name for layer, _ in targets if layer.quantization_backend}
@@ -305,6 +303,17 @@ class ReftModel(BaseTuner):
         # different layers, so activate the first adapter that is left.
         if not self.active_adapters and self.peft_config:
             self.set_adapter(next(iter(self.peft_config)))
+
+
+@torch.no_grad()
+def _copy_adapter(model: nn.Module, source: str, target: str) -> None:
+    """Copy the weights of an adapter to another of the same config, with modules and tokens that it trains."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        if source in (parts := name.split(".")):
+            copy = parameters.get(".".join(target if part == source else part for part in parts))
+            if copy is not None and copy.shape == parameter.shape and not copy.is_meta:
+                copy.copy_(parameter)
 
 
 def _refuse_beside(other: PeftConfig, name: str, adapter_name: str) -> None:
@@ -349,24 +358,3 @@ def _refuse_unhooked(model: nn.Module) -> None:
             "get_peft_model(base, PeftConfig.from_pretrained(path)), then set_peft_model_state_dict(model, "
             "load_peft_weights(path))."
         )
-
-
-def _rules(model: Any, config: ReftConfig) -> Rules:
-    """The rules by which an adapter finds its tokens in the calls of a model.
-
-    Raises:
-        ValueError: when the response template is text and the tokenizer can't be loaded, or does not keep the text.
-    """
-
-    def tokenizer() -> Any:
-        name = config.tokenizer_name_or_path or getattr(model, "name_or_path", None)
-        try:
-            return AutoTokenizer.from_pretrained(name)
-        except Exception as error:
-            raise ValueError(
-                f"response_template={config.response_template!r} is text, which needs a tokenizer, and none could be "
-                f"loaded from {name!r}: {error} Set tokenizer_name_or_path in ReftConfig, or give the template's "
-                "token ids."
-            ) from error
-
-    return config.rules(tokenizer, eos_token_id(model), can_generate(model))

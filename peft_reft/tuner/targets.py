@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from .config import ReftConfig
-from .forward.transformers_api import block_names, encoder_of, text_config
+from .forward.transformers_api import block_names, decoder_of, encoder_of, text_config
+from .layouts import REFUSED, STACKS, WITHOUT_ROWS, Layout, layout_of
 from .peft_api import BaseTunerLayer, NoMatchingModule, check_target_module_exists, get_pattern_key
 
 
@@ -26,12 +27,14 @@ class Target:
         width (`int`): D, the size of the last dimension of its output.
         rank (`int`): R, the rank of its edit.
         is_block (`bool`): Whether it is a block: its output is the hidden state of a layer of the model.
+        layout (`Layout`, *optional*): How its output holds the tokens. None: [B, S, D].
     """
 
     name: str
     width: int
     rank: int
     is_block: bool
+    layout: Layout | None = None
 
 
 def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, Target]:
@@ -45,6 +48,7 @@ def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, Target]:
             edited, when a width is unknown, when a rank is above the width, when a pattern of `rank_pattern` matches
             no module, or when the adapter was saved for another width.
     """
+    _refuse_without_rows(model, config)
     stack = main_stack(model) if config.target_modules is None else None
     names = list(stack) if stack else _matching_modules(model, config)
     if stack and config.exclude_modules:
@@ -58,6 +62,7 @@ def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, Target]:
             "that `model.named_modules()` lists, or leave target_modules out to edit the blocks of the main stack."
         )
     _refuse_nesting(model, names)
+    _refuse_reversible(model, names)
     lists = _outermost_lists(model)
     targets = {name: target_of(model, config, name, lists) for name in names}
     _refuse_idle_ranks(config, targets)
@@ -81,7 +86,11 @@ def target_of(
     """
     parent, _, index = name.rpartition(".")
     is_block = index.isdigit() and parent in (_outermost_lists(model) if lists is None else lists)
-    target = Target(name, _width(model, name, is_block), config.rank_of(name), is_block)
+    is_block |= re.fullmatch(STACKS.get(_model_type(model), "(?!)"), name) is not None
+    module = _unwrap(model.get_submodule(name))
+    layout = layout_of(module, _around(model, name), text_config(model))
+    width = _width(model, name, is_block) * (1 if layout is None else layout.streams)
+    target = Target(name, width, config.rank_of(name), is_block, layout)
     _check_width(config, target)
     return target
 
@@ -89,36 +98,80 @@ def target_of(
 def main_stack(model: nn.Module) -> list[str]:
     """Names of the blocks of the model's main stack, in order. An encoder-decoder model's main stack is its encoder's.
 
-    This works for any transformers architecture: the main stack is the outermost list of modules whose length is
-    `num_hidden_layers` of the (text) config.
+    This works for any transformers architecture: the main stack is the outermost list of modules whose length is the
+    depth that the (text) config says. layouts.py names the architectures for which that is not so.
 
     Raises:
-        ValueError: when there is no such list or more than one.
+        ValueError: when there is no such list or more than one, or when its blocks can't be edited.
     """
     encoder = encoder_of(model)
-    root = model if encoder is None else encoder
+    root = decoder_of(model) if encoder is None else encoder
     config = text_config(root) or text_config(model)
     if config is None:
         raise ValueError(
             f"{type(model).__name__} is no transformers model, so its blocks can't be found. Set target_modules to "
             "the modules to edit, for example target_modules=['mlp']."
         )
-    depth = getattr(config, "num_hidden_layers", None)
-    lists = _outermost_lists(root)
-    stacks = [name for name, module in lists.items() if len(module) == depth]
-    # A text and a vision tower may have the same depth. transformers often names the class of one tower's blocks.
-    if len(stacks) > 1:
-        named = block_names(model)
-        stacks = [name for name in stacks if type(_unwrap(lists[name][0])).__name__ in named] or stacks
+    model_type = config.model_type
+    if (refusal := REFUSED.get(model_type)) is not None:
+        raise ValueError(
+            f"The blocks of {type(model).__name__} can't be edited, because {refusal.reason}. Set "
+            f"target_modules={refusal.target_modules!r}."
+        )
+    if model_type in STACKS:
+        return [name for name, _ in model.named_modules() if re.fullmatch(STACKS[model_type], name)]
+    lists = _in_text_model(root, _outermost_lists(root), config)
+    depths = _depths(config, has_decoder_only=encoder is None)
+    stacks: list[str] = []
+    for depth in depths.values():
+        stacks = [name for name, module in lists.items() if len(module) == depth]
+        # Two towers may have the same depth. transformers often names the class of one tower's blocks.
+        if len(stacks) > 1:
+            named = block_names(model)
+            stacks = [name for name in stacks if type(_unwrap(lists[name][0])).__name__ in named] or stacks
+        if stacks:
+            break
     if len(stacks) != 1:
-        found = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
+        full = {module: name for name, module in model.named_modules()}
+        found = ", ".join(f"{full[module]} ({len(module)})" for module in lists.values()) or "none"
+        wanted = " or ".join(f"{field}={depth}" for field, depth in depths.items())
         raise ValueError(
             f"The main stack of {type(model).__name__} can't be told: of its lists of modules ({found}), "
-            f"{'several have' if stacks else 'none has'} num_hidden_layers={depth} members. Set target_modules to the "
-            "modules to edit, for example a regex such as target_modules='model.layers.[0-9]+'."
+            f"{'several have' if stacks else 'none has'} {wanted} members. Set target_modules to the modules to edit, "
+            f"for example a regex such as target_modules={_example(model, root, lists)!r}."
         )
     blocks = set(lists[stacks[0]])
     return [name for name, module in model.named_modules() if module in blocks]
+
+
+def _in_text_model(root: nn.Module, lists: dict[str, nn.ModuleList], config: Any) -> dict[str, nn.ModuleList]:
+    """The lists of modules around which the nearest config is the text config, not that of a vision tower. All lists
+    where there is no such list."""
+
+    def config_around(name: str) -> Any:
+        configs = (getattr(module, "config", None) for module in _around(root, name))
+        return next((own for own in configs if own is not None), None)
+
+    own = {name: module for name, module in lists.items() if type(config_around(name)) is type(config)}
+    return own or lists
+
+
+def _depths(config: Any, has_decoder_only: bool) -> dict[str, int]:
+    """The fields of a config that may say how many blocks the main stack has, the likeliest first. A class that has
+    only the decoder of an encoder-decoder config (`BartForCausalLM`) is as deep as that decoder."""
+    fields = ["num_hidden_layers", "num_layers"]  # LongCat-Flash counts two layers a block in the first
+    if has_decoder_only:
+        fields = ["decoder_layers", "num_decoder_layers", *fields]
+    return {field: depth for field in fields if isinstance(depth := getattr(config, field, None), int)}
+
+
+def _example(model: nn.Module, root: nn.Module, lists: dict[str, nn.ModuleList]) -> str:
+    """A regex for the members of the longest list of modules: most often the blocks that the user means."""
+    if not lists:
+        return "model.layers.[0-9]+"
+    longest = max(lists.values(), key=len)
+    name = next(name for name, module in model.named_modules() if module is longest)
+    return re.escape(name) + r"\.\d+"
 
 
 def _outermost_lists(root: nn.Module) -> dict[str, nn.ModuleList]:
@@ -175,8 +228,9 @@ def _in_layers(names: list[str], config: ReftConfig) -> list[str]:
     Raises:
         ValueError: when no module lies in one of these layers.
     """
-    wanted = config.layers_to_transform
-    assert isinstance(wanted, list)
+    given = config.layers_to_transform
+    assert given is not None
+    wanted = [given] if isinstance(given, int) else given
     patterns = config.layers_pattern or [r"[^.]+"]
     patterns = [patterns] if isinstance(patterns, str) else patterns
     index_of: dict[str, int] = {}
@@ -200,6 +254,42 @@ def _in_layers(names: list[str], config: ReftConfig) -> list[str]:
             + " Give indices of those layers, or leave layers_to_transform out to edit all."
         )
     return [name for name in names if index_of.get(name) in wanted]
+
+
+def _model_type(model: nn.Module) -> str:
+    """The `model_type` of a transformers model's (text) config. Empty for other models."""
+    return getattr(text_config(model), "model_type", None) or ""
+
+
+def _refuse_without_rows(model: nn.Module, config: ReftConfig) -> None:
+    """Raise a ValueError when positions count tokens in a model whose inputs do not have the rows of its states."""
+    reason = WITHOUT_ROWS.get(_model_type(model))
+    if reason is not None and config.positions != "all":
+        raise ValueError(
+            f"positions={config.positions!r} counts tokens of rows, and {type(model).__name__}'s hidden states have "
+            f"other rows than its input: {reason}. Set positions='all'."
+        )
+
+
+def _around(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules that a module lies in, the nearest first. The model itself is the last."""
+    found = []
+    while name:
+        name = name.rpartition(".")[0]
+        found.append(model.get_submodule(name))
+    return found
+
+
+def _refuse_reversible(model: nn.Module, names: list[str]) -> None:
+    """Raise a ValueError when a module to edit lies where layouts.py says that no edit is possible."""
+    refusal = REFUSED.get(_model_type(model))
+    for name in names if refusal and refusal.refused else ():
+        assert refusal is not None and refusal.refused is not None
+        if re.fullmatch(refusal.refused, name):
+            raise ValueError(
+                f"target_modules matches {name!r}, which {type(model).__name__} can't have edited, because "
+                f"{refusal.reason}. Set target_modules={refusal.target_modules!r}."
+            )
 
 
 def _refuse_nesting(model: nn.Module, names: list[str]) -> None:

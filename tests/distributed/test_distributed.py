@@ -44,6 +44,8 @@ ARGUMENTS = {
 WHOLE = {"reft": {"r": 4, "positions": "f2+l2"}}
 # Modules inside the blocks are recomputed with them in backward. R [1, 3, 49] has no equal parts for two processes.
 INSIDE = {"reft": {"r": 3, "positions": "f2+l2", "share_weights": True, "target_modules": ["gate_proj"]}}
+# Rows 4 to 7 are those of the second step: the second process has nothing to edit in it, and waits for no one.
+ODD = WHOLE | {"odd": [6, 7, 8, 13]}
 CHECKPOINTED = {"arguments": {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}}
 BY_FSDP = {"environment": {"FSDP_ACTIVATION_CHECKPOINTING": "true"}}
 SHARDED = {"environment": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}}
@@ -54,11 +56,13 @@ LAUNCHES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "whole": ("whole", WHOLE),
         "resumed": ("whole", WHOLE | RESUMED),
         "inside": ("inside", INSIDE | CHECKPOINTED),
+        "odd": ("odd", ODD),
     },
     "fsdp2": {
         "whole": ("whole", WHOLE),
         "resumed": ("whole", WHOLE | RESUMED),
         "inside": ("inside", INSIDE | CHECKPOINTED),
+        "odd": ("odd", ODD),
         "checkpointed": ("whole", WHOLE | BY_FSDP),
         "checkpointed inside": ("inside", INSIDE | BY_FSDP),
         "sharded": ("whole", WHOLE | SHARDED),
@@ -68,11 +72,13 @@ LAUNCHES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "whole": ("whole", WHOLE),
         "resumed": ("whole", WHOLE | RESUMED),
         "inside": ("inside", INSIDE | CHECKPOINTED),
+        "odd": ("odd", ODD),
     },
     "zero3": {
         "whole": ("whole", WHOLE),
         "resumed": ("whole", WHOLE | RESUMED),
         "inside": ("inside", INSIDE | CHECKPOINTED),
+        "odd": ("odd", ODD),
     },
 }
 
@@ -97,7 +103,7 @@ def run(processes: int, trainings: list[dict[str, Any]], environment: dict[str, 
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
-    environment = os.environ | environment | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | environment | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     path = [str(HELPERS), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     done = subprocess.run(
@@ -127,10 +133,11 @@ def base(tmp_path_factory) -> Path:
 def alone(base) -> dict[str, dict[str, torch.Tensor]]:
     """The adapters that one process makes."""
     trainings = [
-        training(base, base.parent / name, settings, 1) for name, settings in (("whole", WHOLE), ("inside", INSIDE))
+        training(base, base.parent / name, settings, 1)
+        for name, settings in (("whole", WHOLE), ("inside", INSIDE), ("odd", ODD))
     ]
     run(1, trainings, {"ACCELERATE_USE_CPU": "true"})
-    return {name: load_file(base.parent / name / "adapter_model.safetensors") for name in ("whole", "inside")}
+    return {name: load_file(base.parent / name / "adapter_model.safetensors") for name in ("whole", "inside", "odd")}
 
 
 def check_saved(folder: Path) -> dict[str, torch.Tensor]:
@@ -167,6 +174,7 @@ def test_two_processes_end_where_one_does(config, base, alone, tmp_path):
         assert ("CheckpointWrapper" in str(notes["modules"])) == ("checkpointed" in name)
         assert notes["modules"].get("FSDPReftLayer") is None  # the few weights are gathered once, with the root's
         assert len(notes["losses"]) == ARGUMENTS["max_steps"]
+        assert notes["unedited"] == ([2] if equal_to == "odd" else [])  # rows 8 and 13 are the first process's
         saved = check_saved(tmp_path / name)
         assert saved.keys() == alone[equal_to].keys()
         for key, value in saved.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from models import build, labelled, prompts, randomize
@@ -11,6 +13,7 @@ from torch._dynamo.utils import counters
 from peft_reft import ReftConfig
 
 
+REASONED = "reason" in inspect.signature(torch.compiler.disable).parameters  # from torch 2.8 on
 BACKEND = "aot_eager"  # traces as the default backend does, and leaves out the compiler
 
 
@@ -130,3 +133,25 @@ def test_changed_weights_and_adapters_are_seen():
         torch.testing.assert_close(compiled(**batch).logits, before, rtol=1e-4, atol=1e-4)
         with model.disable_adapter():
             torch.testing.assert_close(compiled(**batch).logits, build("llama")(**batch).logits)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("positions", ["f2+l3", "all"])
+def test_export_is_refused_with_a_way_out(positions, strict):
+    model = adapted(positions=positions).eval()
+    batch = {"input_ids": prompts(9)["input_ids"], "use_cache": False}
+    way_out = "merge_and_unload" if not strict or REASONED else "torch.compiler.disable"
+    with pytest.raises((NotImplementedError, torch._dynamo.exc.Unsupported), match=way_out):
+        torch.export.export(model, (), batch, strict=strict)
+    expected = adapted(positions=positions).eval()(**batch).logits
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=0)  # nothing is left behind
+
+
+def test_a_merged_model_is_exported():
+    model = adapted(positions="all", target_modules=["down_proj", "o_proj"]).eval()
+    batch = {"input_ids": prompts(9)["input_ids"], "use_cache": False}
+    with torch.no_grad():
+        expected = model(**batch).logits
+        merged = model.merge_and_unload()
+        exported = torch.export.export(merged, (), batch)
+        torch.testing.assert_close(exported.module()(**batch).logits, expected, rtol=1e-4, atol=1e-4)

@@ -6,6 +6,7 @@ way on the whole of it.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from axolotl_runs import LORA, LORA_ON_A_CPU, TO_REFT, axolotl, fill, finds_plugins
+from models import chat_model, randomize, tokenizer
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_reft import ReftConfig
+from peft_reft import ReftConfig, find_response_template
 
 
 pytest.importorskip("axolotl", reason="needs the extra `axolotl`")
@@ -153,6 +155,7 @@ def test_quantized_bases_are_quantized_and_prepared_as_for_lora(folder, key, qua
 
 
 SHOWN = re.compile(r"^row (\d+), tokens (\d+) to \d+; the prompt is told by (\w+)\n  (.*)$", re.MULTILINE)
+OPENING = "<|im_start|>assistant\n"
 SHORT = {"max_steps": 6, "val_set_size": 0, "save_strategy": "no", "sequence_len": 128, "dataset_num_proc": 1}
 
 
@@ -186,8 +189,57 @@ def test_every_turn_of_a_conversation(folder):
     texts = shown(axolotl(folder, "train", config, "--debug", name="talks"))
     assert len(texts) == 4
     for *_, source, text in texts:
-        assert source == "labels" and text.count("F[") == 2 and text.count("L[") == 6
+        assert source == "response_template" and text.count("F[") == 2 and text.count("L[") == 6
         assert len(re.findall(r"L\[ass\]L\[istant\]L\[\\n\]»", text)) == 2
+
+
+LABELS = {
+    "questions and ends of turns too": {"roles_to_train": ["user", "assistant"], "train_on_eos": "all"},
+    "inputs too": {},
+    "marked messages": {"message_field_training": "train"},
+}
+
+
+@pytest.mark.parametrize("trained_on", LABELS)
+def test_options_that_choose_labels_move_no_edit(folder, trained_on):
+    """Of the same texts the same tokens are edited, whatever is trained."""
+    talks = [json.loads(line) for line in (folder / "talks.jsonl").read_text().splitlines()]
+    for talk in talks:
+        for message, train in zip(talk["messages"], (True, False, False, True)):
+            message["train"] = train
+    (folder / "marked.jsonl").write_text("\n".join(map(json.dumps, talks)))
+    data = [{"path": str(folder / "marked.jsonl"), "type": "chat_template", **LABELS[trained_on]}]
+    config = LORA | TO_REFT | SHORT | {"datasets": data, "max_steps": 1, "reft": {"positions": "f2+l3"}}
+    config |= {"dataset_prepared_path": str(folder / f"prepared {trained_on}")}
+    if trained_on == "inputs too":
+        config["train_on_inputs"] = True
+    run = axolotl(folder, "train", config, "--debug", name="labels")
+    assert run.code == 0, run.output[-6000:]
+    texts = SHOWN.findall(run.output)
+    assert len(texts) == 4
+    for *_, source, text in texts:
+        first, _, rest = text.partition("»")
+        assert source == "response_template" and first.startswith("F[<|im_start|>]F[")
+        assert first.endswith("L[ass]L[istant]L[\\n]") and "L[" not in rest
+    saved = run.notes["config"]
+    assert saved["response_template"] == AutoTokenizer.from_pretrained(folder / "base")(OPENING)["input_ids"]
+
+
+def test_the_perplexity_metric_is_a_number():
+    """`eval_causal_lm_metrics: [perplexity]` scores texts with labels for all of their tokens. A text without
+    a prompt has nothing to edit, and one of a conversation is edited where `generate` would edit it."""
+    from axolotl.utils.callbacks.perplexity import Perplexity
+
+    tokens, base = tokenizer(), chat_model()
+    model = get_peft_model(base, ReftConfig(r=4, response_template=find_response_template(tokens))).eval()
+    randomize(model)
+    chat = [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue, I think."}]
+    texts = ["The answer is not known to me.", tokens.apply_chat_template(chat, tokenize=False)]
+    plain, conversation = (Perplexity(tokens, max_seq_len=128).compute(model=model, references=[one]) for one in texts)
+    with model.disable_adapter():
+        untouched = [Perplexity(tokens, max_seq_len=128).compute(model=model, references=[one]) for one in texts]
+    assert plain["score"] == pytest.approx(untouched[0]["score"])
+    assert conversation["score"] != pytest.approx(untouched[1]["score"], rel=1e-3)
 
 
 def test_dpo(folder):
@@ -243,6 +295,21 @@ def test_tokens_that_lora_would_train_are_trained():
     assert reft_config(yaml_keys).trainable_token_indices == [5, 6]
 
 
+# A chat template that does not say where an answer begins, and one that says it otherwise than SmolLM2's.
+PLAIN_CHATS = [
+    {
+        "path": "talks.jsonl",
+        "type": "chat_template",
+        "chat_template": "jinja",
+        "chat_template_jinja": "{% for m in messages %}{{ m.content }}\n{% endfor %}",
+    }
+]
+BRACKETS = {
+    "chat_template_jinja": "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}<|im_end|>"
+    "{% elif m.role == 'user' %}[INST] {{ m.content.strip() }} [/INST]{% endif %}{% endfor %}"
+}
+
+
 @pytest.mark.parametrize(
     "config, message",
     [
@@ -259,7 +326,19 @@ def test_tokens_that_lora_would_train_are_trained():
         ({"adapter": "lora", "reft": {"positions": "f1"}}, r"reft: is set, but adapter: lora is not a ReFT adapter"),
         ({"peft_layers_to_transform": [9]}, r"layers_to_transform=\[9\] asks for layers that don't exist: \[9\]"),
         ({"train_on_inputs": True}, r"train_on_inputs: true leaves no label masked.*response_template"),
-        ({"rl": "orpo"}, r"rl: orpo gives the model no labels.*response_template"),
+        (
+            {"rl": "orpo", "datasets": PLAIN_CHATS},
+            r"rl: orpo gives the model no labels.*No response template was found.*Set reft: response_template",
+        ),
+        (
+            {"datasets": [PLAIN_CHATS[0] | {"train_on_eos": "all", "roles_to_train": ["user", "assistant"]}]},
+            r"datasets\[0\].*roles_to_train: \['user', 'assistant'\], train_on_eos: all.*Remove them",
+        ),
+        (
+            {"datasets": [{"path": "talks.jsonl", "type": "chat_template"}, {**PLAIN_CHATS[0], **BRACKETS}]},
+            r"open answers in different ways: datasets\[0\].*datasets\[1\].*Set one chat_template: for all",
+        ),
+        ({"optimizer": "muon"}, r"optimizer: muon steps matrices.*adamw"),
         ({"reft": {"prompt_boundary": "last"}}, r"prompt_boundary"),
     ],
     ids=str,

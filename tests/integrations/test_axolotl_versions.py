@@ -188,7 +188,8 @@ def fresh_adapter(drawn_before: int, **config) -> dict[str, torch.Tensor]:
 
     torch.manual_seed(drawn_before)
     model = tiny_llama()
-    cfg = DictDefault({"adapter": "loreft", "lora_r": 2, **config})
+    # A template that is told needs no tokenizer.
+    cfg = DictDefault({"adapter": "loreft", "lora_r": 2, "reft": {"response_template": [1]}, **config})
     model, _ = ReftPlugin().load_adapter(model, cfg)
     return {name: value.clone() for name, value in model.named_parameters() if "reft_" in name}
 

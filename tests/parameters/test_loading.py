@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import subprocess
-import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,9 +29,10 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from peft_reft import ReftConfig, ReftLayer
+from peft_reft.tuner.config import FORMAT
 from peft_reft.tuner.interventions.formulas import INTERVENTIONS
 from peft_reft.tuner.interventions.orthogonal import retract
-from peft_reft.tuner.parameters.loading import CONVERSION, ORTHONORMAL_TOLERANCE
+from peft_reft.tuner.parameters.loading import ORTHONORMAL_TOLERANCE
 
 
 BATCH = prompts(9, 4)
@@ -227,13 +227,15 @@ def test_a_config_file_that_holds_no_config(adapter, text):
 
 
 def test_settings_of_a_later_version(adapter):
-    """An unknown setting that may change the edit is refused; PEFT warns of one that is None, False or empty."""
-    configure(adapter, edit_every=2, another=False)
+    """An unknown setting of a later format is refused. PEFT warns of any other, and drops it."""
+    configure(adapter, edit_every=2, reft_format=FORMAT + 1)
     for load in (PeftConfig.from_pretrained, ReftConfig.from_pretrained, load_first, build("llama").load_adapter):
-        with pytest.raises(ValueError, match="edit_every=2, which this version does not know.*upgrade both"):
+        with pytest.raises(
+            ValueError, match=f"edit_every=2 and reft_format={FORMAT + 1}: fields of a newer peft_reft"
+        ):
             load(str(adapter))
-    configure(adapter, edit_every=None, another=[])
-    with pytest.warns(UserWarning, match="'another', 'edit_every'"):
+    configure(adapter, reft_format=FORMAT)
+    with pytest.warns(UserWarning, match="'edit_every'"):
         assert torch.equal(logits(PeftModel.from_pretrained(build("llama"), adapter)), logits(adapted()))
     with pytest.raises(TypeError, match="unexpected keyword argument 'edit_every'"):
         ReftConfig(edit_every=2)
@@ -438,17 +440,36 @@ class Malicious:
         return Path.touch, (self.marker,)
 
 
-def test_a_pickle_is_refused_and_can_be_converted(adapter, tmp_path):
-    torch.save(load_file(adapter / WEIGHTS), adapter / "adapter_model.bin")
+def test_a_pickle_is_written_with_a_warning_and_read(tmp_path):
+    model = adapted()
+    with pytest.warns(UserWarning, match="saved as a pickle, .*adapter_model.bin.*weights_only=True.*safe_serializat"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    assert not (tmp_path / WEIGHTS).exists()
+    assert torch.equal(logits(PeftModel.from_pretrained(build("llama"), tmp_path)), logits(model))
+    loaded = adapted(positions="l3")
+    loaded.load_adapter(tmp_path, "other")
+    loaded.set_adapter("other")
+    assert torch.equal(logits(loaded), logits(model))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*pickle")
+        model.save_pretrained(tmp_path)  # beside the pickle, and read in its place
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_pickle_is_looked_at_as_any_other_file(adapter, way):
+    pickled = adapter / "adapter_model.bin"
+    tensors = load_file(adapter / WEIGHTS)
     (adapter / WEIGHTS).unlink()
-    with pytest.raises(
-        ValueError, match="adapter_model.bin is a pickle.*safetensors only.*convert it once"
-    ) as refusal:
-        load_first(adapter)
-    command = str(refusal.value).partition("in its folder: ")[2]
-    assert command == CONVERSION
-    subprocess.run([sys.executable, "-c", f"import torch; {command}"], cwd=adapter, check=True)
-    assert torch.equal(logits(PeftModel.from_pretrained(build("llama"), adapter)), logits(adapted()))
+    torch.save({**tensors, LAYER + "W": torch.full_like(tensors[LAYER + "W"], torch.nan)}, pickled)
+    with pytest.raises(ValueError, match="adapter_model.bin: .*reft_W' holds .* NaN"):
+        WAYS[way](adapter)
+    torch.save({key: value for key, value in tensors.items() if key != LAYER + "W"}, pickled)
+    with pytest.raises(ValueError, match="adapter_model.bin.*reft_W"):
+        WAYS[way](adapter)
+    torch.save(tensors, pickled)
+    pickled.write_bytes(pickled.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"adapter_model.bin \([\d,]+ bytes\) can't be read as a pickle of tensors"):
+        WAYS[way](adapter)
 
 
 def test_code_in_a_pickle_is_not_run(adapter, tmp_path):

@@ -87,26 +87,33 @@ def test_a_short_turn_does_not_reach_into_the_answer_before_it():
     assert edited(model, **batch(1)) == [[0, 1, 2, 3, 8, 9]]
 
 
-@pytest.mark.parametrize("position_ids", [False, True])
-def test_training_sequences_without_the_template(position_ids):
-    model, given = adapted(response_template=TEMPLATE).train(), batch()
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_training_sequences_without_the_template(packed, labelled):
+    """Where the answer begins in such a row is unknown, so the row is passed over: as a whole, and in evaluation too
+    where labels show that the row holds an answer."""
+    model, given = adapted(response_template=TEMPLATE), batch()
     given["input_ids"] = given["input_ids"].clone()
     given["input_ids"][1, 3] = given["input_ids"][1, 9] = 7
-    with pytest.raises(
-        ValueError, match=r"response_template is not in row 1 of the training batch \(rows without it: 1 of 2\)"
-    ):
-        model(**given)
-    with pytest.raises(ValueError, match="response_template is not in row 1.*PromptLengthsCollator"):
-        model(**given, labels=labels(range(7, 9), range(6, 8)))
-    # a row without a label trains nothing, such as a prompt cut off before its answer: it may lack the template
-    model(**given, labels=labels(range(7, 9), range(0))).loss.backward()
-    model.eval()
-    assert edited(model, **given) == [[0, 3, 4], [0, 9, 10]]  # outside training, the row is all prompt
-    if position_ids:
-        row = {"input_ids": given["input_ids"][:, :11].reshape(1, -1), "use_cache": False}
-        row["position_ids"] = torch.arange(11).repeat(2)[None]
-        with pytest.raises(ValueError, match="response_template is not in row 0"):
-            model.train()(**row)
+    if labelled:
+        given["labels"] = labels(range(7, 9), range(6, 8))
+    by_template = [[0, 3, 4], []]
+    if packed:
+        given = {
+            "input_ids": given["input_ids"][:, :11].reshape(1, -1),
+            "position_ids": torch.arange(11).repeat(2)[None],
+            "attention_mask": torch.ones(1, 22),
+            "use_cache": False,
+            **({"labels": given["labels"][:, :11].reshape(1, -1)} if labelled else {}),
+        }
+        by_template = [[0, 3, 4]]
+    with pytest.warns(UserWarning, match="1 of 2 rows of training .* response_template is not in it"):
+        assert edited(model.train(), **given) == by_template
+    if labelled:
+        with pytest.warns(UserWarning, match="1 of 2 rows of evaluation"):
+            assert edited(model.eval(), **given) == by_template
+    else:  # nothing says that the row holds an answer: it is all prompt
+        assert edited(model.eval(), **given) == ([[0, 3, 4, 11, 20, 21]] if packed else [[0, 3, 4], [0, 9, 10]])
 
 
 def test_a_template_is_looked_for_in_ids():
@@ -136,18 +143,68 @@ def test_a_training_batch_in_which_nothing_is_edited(made_of):
         model(**given)
 
 
-def test_an_evaluation_without_labels_after_training_with_them_warns_once():
-    """Nothing tells prompts from answers there, so all tokens are taken for prompt."""
-    model, given = adapted().train(), batch()
-    model(**given, labels=labels(range(7, 9), range(6, 8))).loss.backward()
-    model.eval()
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_a_forward_that_does_not_say_where_its_prompts_end_warns_once(template, trained):
+    """Whoever knows nothing of ReFT scores answers by such a forward. Without a template all tokens are prompt."""
+    model, given = adapted(response_template=template), batch()
+    if trained:
+        model.train()(**given, labels=labels(range(7, 9), range(6, 8))).loss.backward()
+        model.eval()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(**given, labels=labels(range(7, 9), range(6, 8)))
         model(**given, prompt_lengths=torch.tensor([4, 4]))
         model.generate(**batch(0), max_new_tokens=2)
-    with pytest.warns(UserWarning, match="without labels is evaluated after training.*response_template"):
+        if template:
+            assert edited(model, **given) == [[0, 3, 4], [0, 2, 3]]
+    given["input_ids"][1, [3, 9]] = 7  # the second row has no template
+    with pytest.warns(UserWarning, match="without labels does not say.*prompt_lengths.*response_template") as noted:
+        assert edited(model, **given)[1] == [0, 9, 10]
         model(**given)
+    assert len(noted) == 1
+
+
+def test_forwards_that_need_not_say_where_a_prompt_ends():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model(**given)
+        warnings.simplefilter("default", FutureWarning)  # transformers' own
+        adapted(positions="all")(**batch())
+        classifier = get_peft_model(build(("llama", "SEQ_CLS")), ReftConfig(r=4, task_type="SEQ_CLS")).eval()
+        classifier(**batch())
+
+
+def test_an_evaluation_whose_labels_mask_no_prompt():
+    """axolotl's perplexity scores texts with labels for all tokens. They have no prompt, so there is nothing to edit,
+    and the score is a number."""
+    model, given = adapted(), batch(0)
+    with pytest.warns(UserWarning, match="1 row of evaluation .*no label of -100.*base model computes them") as noted:
+        scored = model(**given, labels=given["input_ids"]).loss
+        model(**given, labels=given["input_ids"])
+    assert len(noted) == 1
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(scored, model(**given, labels=given["input_ids"]).loss)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_several_answers_that_labels_alone_tell_warn_once(mode):
+    model, given = getattr(adapted(), mode)(), batch(0)
+    turns = labels(range(5, 7))
+    turns[0, 11:] = 7
+    with pytest.warns(
+        UserWarning, match="several answers in one row.*prompt of the first.*response_template"
+    ) as noted:
+        model(**given, labels=turns)
+        model(**given, labels=turns)
+    assert len(noted) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("default", FutureWarning)  # transformers' own
+        getattr(adapted(), mode)()(**given, labels=labels(range(5, 7)))
+        getattr(adapted(response_template=TEMPLATE), mode)()(**given, labels=turns)
+        packed = {  # two sequences of one answer each
+            "input_ids": given["input_ids"],
+            "position_ids": torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4, 5]]),
+            "use_cache": False,
+        }
+        getattr(adapted(), mode)()(**packed, labels=turns)

@@ -112,15 +112,6 @@ def test_tokenizers_that_can_not_be_read():
         text_template("### Response:", lower)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
-    """A tiny chat model with its tokenizer, as a folder."""
-    folder = tmp_path_factory.mktemp("chat")
-    chat_model().save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 def test_the_base_models_own_tokenizer_is_taken(checkpoint, tmp_path):
     """The tokenizer is loaded by the base model's name, so a loaded adapter finds its template again."""
     from transformers import AutoModelForCausalLM

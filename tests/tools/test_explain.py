@@ -131,7 +131,10 @@ def test_warnings():
     text = shown(reaching, tokenizer(), batch)
     assert "Warning: edited tokens are part of an answer, which generation would not edit: [3, 4]" in text
     text = shown(ReftConfig(positions="f1+l1"), tokenizer(), {"input_ids": ids[:, :1]})
-    assert "Warning: no token is edited" in text
+    assert "Warning: no token is edited, for a prompt of one token has none for both first and last tokens" in text
+    assert "1 of 1 sequences have no token that is edited" in text
+    text = shown(ReftConfig(), tokenizer(), {"input_ids": [[5, 6], [5, 6]], "labels": [[5, 6], [-100, 6]]})
+    assert text.count("Warning: no token is edited") == 2 and text.count("for a prompt of one token") == 1
 
 
 def test_what_can_not_be_explained():
@@ -139,8 +142,8 @@ def test_what_can_not_be_explained():
         explain_positions(build("llama"), tokenizer(), prompts(4))
     with pytest.raises(ValueError, match="no input_ids"):
         explain_positions(ReftConfig(), tokenizer(), {"labels": [[1]]})
-    with pytest.raises(ValueError, match="no prompt tokens to edit"):
-        explain_positions(ReftConfig(), tokenizer(), {"input_ids": [[5, 6]], "labels": [[5, 6]]})
+    with pytest.raises(ValueError, match="labels has shape"):
+        explain_positions(ReftConfig(), tokenizer(), {"input_ids": [[5, 6]], "labels": [[5]]})
 
 
 # -- the console command ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ The edited tokens are seen from outside, as the difference that the wrapper make
 from __future__ import annotations
 
 import importlib
+import json
 import warnings
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from models import CHAT_VOCAB, GROUPED, chat_model, tokenizer
 from packaging.version import Version
-from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model
 from torch import nn
 
 from peft_reft import PromptLengthsCollator, ReftConfig, ReftLayer
@@ -24,6 +25,7 @@ trl = pytest.importorskip("trl", reason="needs trl")
 datasets = pytest.importorskip("datasets")
 # From this version on, TRL's trainers pass labels to the model for preferences as well.
 PASSES_LABELS = Version(trl.__version__) >= Version("1.16")
+REFT_W = "base_model.model.model.layers.0.reft_W.default"
 OPENING = "<|im_start|>assistant\n"
 
 
@@ -191,6 +193,44 @@ def test_sft_packed(tmp_path, how, template):
     assert max(len(edited[0]) for _, edited in watch.forwards) >= 6  # several conversations in a row
 
 
+@pytest.mark.parametrize(
+    "how", [{}, {"packing": True, "max_length": 96}, {"padding_free": True, "max_length": None}], ids=str
+)
+def test_sft_on_messages(tmp_path, how):
+    """TRL trains on all tokens of `messages`. The chat template says where answers begin."""
+    data = preferences(messages=[chat(q) + reply(a) for q, a in PAIRS])
+    trainer = sft(tmp_path, data, config(), save_strategy="steps", save_steps=2, **how)
+    watch = train(trainer)
+    if how:
+        user = tokenizer()("<|im_start|>user", add_special_tokens=False)["input_ids"]
+        for (ids,), (edited,) in watch.forwards:
+            starts = [n for n in range(len(ids)) if ids[n : n + len(user)] == user]
+            ends = [after_opening(ids, n) for n in starts if tokenizer().decode(ids[n:]).find(OPENING) >= 0]
+            assert edited == sorted([*starts[: len(ends)], *(end - back for end in ends for back in (1, 2))])
+        assert max(len(edited[0]) for _, edited in watch.forwards) >= 6
+    else:
+        watch.check(f1_l2)
+    saved = json.loads((tmp_path / "checkpoint-2" / "adapter_config.json").read_text())
+    assert tokenizer().decode(saved["response_template"]) == OPENING and saved["response_template_optional"]
+
+
+def test_the_trainers_tokenizer_goes_before_the_base_models(tmp_path):
+    """The data are rendered by it, so answers begin where its chat template says."""
+    other = tokenizer()
+    other.chat_template = other.chat_template.replace("<|im_start|>assistant", "<|im_start|>user: assistant")
+    other.save_pretrained(tmp_path / "base")
+    chat_model().save_pretrained(tmp_path / "base")
+    trainer = trl.SFTTrainer(
+        model=str(tmp_path / "base"),
+        args=arguments(trl.SFTConfig, tmp_path, max_steps=1),
+        train_dataset=preferences(messages=[chat(q) + reply(a) for q, a in PAIRS]),
+        processing_class=tokenizer(),
+        peft_config=config(),
+    )
+    train(trainer).check(f1_l2)
+    assert tokenizer().decode(trainer.model.peft_config["default"].response_template) == OPENING
+
+
 def test_sft_on_text_without_an_answer(tmp_path):
     data = preferences(text=[q for q, _ in PAIRS])
     with pytest.raises(
@@ -202,11 +242,32 @@ def test_sft_on_text_without_an_answer(tmp_path):
     train(sft(tmp_path, data, config(positions="all")))
 
 
+@pytest.mark.parametrize("length", [None, 14])
+def test_sft_on_prompts_too(tmp_path, length):
+    """`completion_only_loss=False`: labels mark no prompt, and the completion mask, which TRL drops, does."""
+    data = preferences(prompt=["Name a colour."] * 4, completion=[" Blue, I do not know that."] * 4)
+    settings = {"completion_only_loss": False, "max_length": length}
+    prompt = len(tokenizer()("Name a colour.")["input_ids"])
+    assert prompt < 14
+
+    def expected(ids: list[int]) -> list[int]:
+        return [0, prompt - 2, prompt - 1]
+
+    watch = train(sft(tmp_path, data, config(), **settings))
+    watch.check(expected)
+    assert length is None or max(len(row) for ids, _ in watch.forwards for row in ids) == length
+    with pytest.raises(ValueError, match="no prompt tokens to edit.*response_template"):  # packing drops the mask
+        sft(tmp_path, data, config(), packing=True, **{**settings, "max_length": 64}).train()
+    reft = config(response_template=tokenizer()(" colour.")["input_ids"][-2:])  # the error's way out
+    assert any(train(sft(tmp_path, data, reft, packing=True, **{**settings, "max_length": 64})).edits)
+
+
 def test_sft_in_which_labels_do_not_reach_the_model(tmp_path):
     tokenizer().save_pretrained(tmp_path / "tokenizer")
     settings = {"label_smoothing_factor": 0.1, "loss_type": "nll"}
     with pytest.raises(ValueError, match="training batch without labels.*response_template"):
-        sft(tmp_path, conversations(), config(), **settings).train()
+        sft(tmp_path, conversations(), config(response_template=None), **settings).train()
+    train(sft(tmp_path, conversations(), config(), **settings)).check(f1_l2)
     reft = config(response_template=OPENING, tokenizer_name_or_path=str(tmp_path / "tokenizer"))
     train(sft(tmp_path, conversations(), reft, **settings)).check(f1_l2)
 
@@ -261,11 +322,12 @@ def test_preferences_by_the_template(tmp_path, make):
 
 @pytest.mark.parametrize("make", [dpo, kto])
 def test_preferences_that_do_not_say_where_prompts_end(tmp_path, make):
+    train(make(tmp_path, config())).check(f1_l2)  # the chat template says it
     if PASSES_LABELS:
-        train(make(tmp_path, config())).check(f1_l2)
+        train(make(tmp_path, config(response_template=None))).check(f1_l2)
     else:
         with pytest.raises(ValueError, match="PromptLengthsCollator.*response_template"):
-            make(tmp_path, config()).train()
+            make(tmp_path, config(response_template=None)).train()
 
 
 def test_dpo_starts_at_its_reference(tmp_path):
@@ -275,20 +337,37 @@ def test_dpo_starts_at_its_reference(tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
 
 
-def test_the_reference_of_a_trained_adapter(tmp_path):
-    """TRL makes a reference adapter and finds nothing to copy into it: a warning says so, and what to do."""
-    model = get_peft_model(chat_model(), config())
-    with pytest.warns(UserWarning, match="named 'ref'.*Copy them: set_peft_model_state_dict"):
-        trainer = trl.DPOTrainer(
-            model=model,
-            args=arguments(trl.DPOConfig, tmp_path, max_steps=1, logging_steps=1),
-            train_dataset=pairs_of_answers(),
-            processing_class=tokenizer(),
-        )
-    set_peft_model_state_dict(model, get_peft_model_state_dict(model), adapter_name="ref")
-    trainer.data_collator = PromptLengthsCollator(trainer.data_collator)
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_the_reference_of_a_trained_adapter(tmp_path, precomputed):
+    """TRL makes an adapter "ref", and finds no weights of ReFT to copy into it: it starts as a copy by itself."""
+    model = get_peft_model(chat_model(), config(modules_to_save=["lm_head"]))
+    with torch.no_grad():  # the saved module differs from the base's, too
+        for name, parameter in model.named_parameters():
+            if "modules_to_save.default" in name:
+                parameter.mul_(1.5)
+    trainer = trl.DPOTrainer(
+        model=model,
+        args=arguments(trl.DPOConfig, tmp_path, max_steps=1, logging_steps=1, precompute_ref_log_probs=precomputed),
+        train_dataset=pairs_of_answers(),
+        processing_class=tokenizer(),
+    )
+    for name, parameter in model.named_parameters():
+        if ".default" in name:
+            assert torch.equal(parameter, model.get_parameter(name.replace(".default", ".ref"))), name
+    if not PASSES_LABELS:
+        trainer.data_collator = PromptLengthsCollator(trainer.data_collator)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    # the reference is the adapter of the start, and not the base
+    assert not torch.equal(model.get_parameter(REFT_W), model.get_parameter(REFT_W.replace("default", "ref")))
+    assert model.get_parameter(REFT_W.replace("default", "ref")).abs().max() > 0
+
+
+def test_an_adapter_named_ref_of_ones_own():
+    """Another config is another adapter, whatever its name."""
+    model = get_peft_model(chat_model(), config())
+    model.add_adapter("ref", config())
+    assert not torch.equal(model.get_parameter(REFT_W), model.get_parameter(REFT_W.replace("default", "ref")))
 
 
 def test_dropout_is_off_in_preference_training(tmp_path):
@@ -372,8 +451,9 @@ def test_grpo(tmp_path):
 
 
 def test_grpo_without_a_template(tmp_path):
+    train(grpo(tmp_path, config())).check(f1_l2)  # the chat template says it
     if PASSES_LABELS:
-        train(grpo(tmp_path, config())).check(f1_l2)
+        train(grpo(tmp_path, config(response_template=None))).check(f1_l2)
     else:
         with pytest.raises(ValueError, match="training batch without labels.*response_template"):
-            grpo(tmp_path, config()).train()
+            grpo(tmp_path, config(response_template=None)).train()

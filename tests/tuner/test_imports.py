@@ -20,9 +20,9 @@ ROWS = [
     ["tuner.interventions"],
     ["tuner.parameters"],
     ["tuner.forward"],
-    ["tuner.peft_type", "tuner.nested", "tuner.merging"],
+    ["tuner.peft_type", "tuner.nested", "tuner.merging", "tuner.layouts", "tuner.chat_template"],
     ["tuner.config"],
-    ["tuner.layer", "tuner.targets"],
+    ["tuner.layer", "tuner.targets", "tuner.rules"],
     ["tuner.model"],
     ["tuner"],  # its __init__
     ["tools", "conversion", "evaluation"],

@@ -26,8 +26,11 @@ from ..positions.selection import Selection
 from ..positions.spec import Rules
 from .checkpointing import BackwardStop, bind_checkpoints, unbind_checkpoints
 from .generation import Generation, given_input, given_prompts, refuse_unknown_prompts
+from .graphs import outside_graphs, refuse_export
 from .mixed import MixedBatch
 from .plan import Layer, ModelState, plan, with_own_weights
+from .probe import UnconfirmedLayouts
+from .reuse import make_cache_fit, mark_cache
 from .saving import SaveHook
 from .selector import Call, Selector
 from .transformers_api import forward_parameters
@@ -52,10 +55,11 @@ class ForwardContext:
         self._parameters = forward_parameters(model)
         self._sides: dict[str, set[bool]] = {}  # adapter name -> `in_encoder` of its layers
         self._block_lists: list[nn.ModuleList] = []  # the lists of modules that have edited blocks as members
-        self._selector = Selector(self.state.checks)
+        self._selector = Selector(self.state.unedited)
         self._stop = BackwardStop()
         self._validated: dict[str, int] = {}  # adapter name -> id of the R parameter that was last validated
         self._handles: list[Any] = []
+        self._unconfirmed = UnconfirmedLayouts()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -84,6 +88,7 @@ class ForwardContext:
         self._block_lists = [
             m for m in model.modules() if isinstance(m, nn.ModuleList) and any(c in layers for c in m)
         ]
+        self._unconfirmed.add(layers)
         self._sides[adapter_name] = {layer.in_encoder for layer in layers if adapter_name in layer.reft_config}
         if self._handles:
             return
@@ -167,10 +172,11 @@ class ForwardContext:
     # These hooks are not compiled: they read the cache, the batch and the state of the weights. Their results, index
     # tensors of few different shapes, are inputs of the compiled layers.
 
-    @torch.compiler.disable
+    @outside_graphs
     def _before_forward(
         self, model: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
+        refuse_export()
         call, generation = self.state.call, self.state.call.generation
         if generation is not None and generation.skips_decoding and generation.decodes(kwargs):
             call.jobs, call.skipped = {}, True
@@ -194,10 +200,18 @@ class ForwardContext:
 
     @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
-        self.state.call.clear()
+        call = self.state.call
+        if call.edits and not model.training:
+            used = {name: call.edits.get(self.rules[name]) for name in call.active}
+            mark_cache(output, {name: tokens for name, tokens in used.items() if tokens is not None})
+        call.clear()
+        if self._unconfirmed:
+            self._unconfirmed.after_call(succeeded=output is not None)
 
     @torch.compiler.disable
     def _before_encoder(self, encoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._unconfirmed.probing:
+            return
         call = self.state.call
         call.encoder_alone = call.jobs is None  # as generate calls it
         if call.jobs is None:
@@ -216,7 +230,7 @@ class ForwardContext:
         self.state.checks.settle()
         call = self.state.call
         call.in_use = self._adapters_in_use()
-        call.active = {}
+        call.active, call.edits = {}, {}
         for adapter in call.in_use:
             call.active.setdefault(adapter.adapter_name, adapter)
         for name, adapter in call.active.items():
@@ -271,6 +285,9 @@ class ForwardContext:
             if not replica and (weights := self._stack(own, in_graph=rules.depend_on_batch)) is not None:
                 stacked[name] = weights
         names = [layer.name for layer in self.layers if layer.in_encoder == in_encoder]
+        selected = next((selection for selection in selections.values() if selection is not None), None)
+        if self._unconfirmed and selected is not None and not replica:
+            self._unconfirmed.before_edits(module, names, selected.edited_BS.shape, call)
         assert call.jobs is not None
         call.jobs.update(plan(names, in_use, selections, stacked, call.mixed, on_own_devices=not replica))
         call.recomputed = None
@@ -285,9 +302,9 @@ class ForwardContext:
             if True in self._sides[name]:
                 given = {key: value for key, value in given.items() if key == "subspaces"}
         batch = Batch.from_inputs({**arguments, **given}, prefix)
-        generation, model_name = state.generation, type(module).__name__
+        name, by_example = type(module).__name__, given.get("subspaces")
         return Call(
-            model_name, arguments, batch, prefix, given.get("subspaces"), module.training, generation, in_encoder
+            name, arguments, batch, prefix, by_example, module.training, state.generation, in_encoder, state.edits
         )
 
     def _stack(self, layers: list[LayerAdapter], in_graph: bool) -> tuple[Stacked, bool] | None:
@@ -368,13 +385,18 @@ class ForwardContext:
         rows = given_input(model, args, kwargs).shape[0]
         if call.mixed is not None:
             call.mixed.refuse_other_size(rows, repeated=False)
-        prompts = None
+        prompts = past = None
         if depend_on_batch:
-            refuse_unknown_prompts(model, kwargs)
+            past = refuse_unknown_prompts(model, kwargs)
             # The input of an encoder-decoder model's generate goes to its encoder. It is no prompt of the decoder.
             prompts = None if self.has_encoder else given_prompts(model, args, kwargs, given)
         skips = depend_on_batch and not any(self.rules[name].spec.all_tokens for name in active)
-        before, call.generation = call.generation, Generation(given, rows, prompts, skips_decoding=skips)
+        generation = Generation(given, rows, prompts, skips, self.state.unedited)
+        if past is not None and prompts is not None and call.mixed is None:
+            chosen = {name: self.rules[name] for name in active if not self.rules[name].spec.all_tokens}
+            wanted = {name: generation.tokens(rules) for name, rules in chosen.items()}
+            make_cache_fit(past, kwargs[past.argument], wanted)
+        before, call.generation = call.generation, generation
         try:
             yield kwargs
         finally:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..positions.batch import Batch, SelectedTokens, select_tokens
 from ..positions.selection import Selection
 from ..positions.spec import Rules
+from ..positions.unedited import UneditedRows
 from .transformers_api import Past, find_past_of_generate, has_second_prompt, inferred_mask, is_one_token, main_input
 
 
@@ -29,6 +30,7 @@ class Generation:
         prompts (`Batch`, *optional*): The prompts. None while they are unknown: in an encoder-decoder model, the
             decoder's prompts are the tokens that its first forward is fed.
         skips_decoding (`bool`): Whether no adapter edits anything in a decode step.
+        unedited (`UneditedRows`, *optional*): Counts the prompts without a token to edit.
         fed (`int`): The number of columns that earlier forwards were fed.
     """
 
@@ -36,6 +38,7 @@ class Generation:
     rows: int
     prompts: Batch | None = None
     skips_decoding: bool = False
+    unedited: UneditedRows | None = None
     fed: int = 0
     _reached: int = 0  # the same, with the columns of the running forward
     _tokens: dict[Rules, SelectedTokens] = field(default_factory=dict)  # the tokens to edit in whole prompts
@@ -87,10 +90,15 @@ class Generation:
             raise ValueError(
                 f"generate was given {rows} prompts, but runs {batch.shape[0]} rows at once: ReFT can't tell whose."
             )
-        if rules not in self._tokens:
-            self._tokens[rules] = select_tokens(rules, self.prompts, training=False)
         repeats = batch.shape[0] // rows  # beams and returned sequences repeat each row
-        return self._tokens[rules].in_columns(past, batch.shape[1], repeats, rules).to(batch.device)
+        return self.tokens(rules).in_columns(past, batch.shape[1], repeats, rules).to(batch.device)
+
+    def tokens(self, rules: Rules) -> SelectedTokens:
+        """The tokens that an adapter edits in the whole prompts, which are known."""
+        if rules not in self._tokens:
+            assert self.prompts is not None
+            self._tokens[rules] = select_tokens(rules, self.prompts, False, self.unedited)
+        return self._tokens[rules]
 
 
 def given_prompts(model: Any, args: tuple, kwargs: dict[str, Any], given: dict[str, Any]) -> Batch:
@@ -131,12 +139,15 @@ def given_input(model: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
     return tensor
 
 
-def refuse_unknown_prompts(model: Any, kwargs: dict[str, Any]) -> None:
+def refuse_unknown_prompts(model: Any, kwargs: dict[str, Any]) -> Past | None:
     """Refuse arguments with which `generate` would feed the model tokens that ReFT can't match to the prompts.
 
     Args:
         model: The base model.
         kwargs (`dict`): The keyword arguments of `generate`.
+
+    Returns:
+        `Past`, *optional*: The cache that `generate` continues.
 
     Raises:
         ValueError: naming the argument.
@@ -152,3 +163,4 @@ def refuse_unknown_prompts(model: Any, kwargs: dict[str, Any]) -> None:
             f"{continued.argument} is a recurrent state of an earlier turn, which does not say how many tokens it has "
             "read. Give generate the whole conversation without it, or set positions='all'."
         )
+    return continued

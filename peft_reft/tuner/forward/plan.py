@@ -18,8 +18,11 @@ from torch import nn
 from ..interventions.apply import Job
 from ..parameters.bases import Bases
 from ..parameters.stacked import InferenceWeights, LayerAdapter, Stacked
+from ..positions.batch import SelectedTokens
 from ..positions.deferred_checks import Checks
 from ..positions.selection import Selection
+from ..positions.spec import Rules
+from ..positions.unedited import UneditedRows
 from .generation import Generation
 from .mixed import MixedBatch
 
@@ -40,12 +43,13 @@ class CallState(threading.local):
     skipped: bool = False  # a decode step is running in which no layer has a job
     recomputed: Jobs | None = None  # the jobs for modules that run in this forward and again in backward
     encoder_alone: bool = False  # the encoder runs outside a forward of the model, as `generate` calls it
+    edits: dict[Rules, SelectedTokens] = {}  # the tokens edited in this call, outside `generate`
     saving: bool = False  # the state dict of the whole model is being collected
 
     def clear(self) -> None:
         """Reset what belongs to a forward, when the forward is over."""
         self.jobs = self.recomputed = self.given = self.in_use = None
-        self.active = {}
+        self.active, self.edits = {}, {}
         self.skipped = self.saving = False
 
 
@@ -57,15 +61,20 @@ class ModelState:
         call (`CallState`): The state of the call that the current thread runs.
         weights (`InferenceWeights`): The stacked weights of adapters, for forwards without gradients.
         checks (`Checks`): The conditions on batches that are still to be read from a GPU.
+        unedited (`UneditedRows`): The counts of rows that hold no token to edit.
     """
 
     call: CallState = field(default_factory=CallState)
     weights: InferenceWeights = field(default_factory=InferenceWeights)
     checks: Checks = field(default_factory=Checks)
+    unedited: UneditedRows = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.unedited = UneditedRows(self.checks)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the call out: no call runs a model that has just been copied or unpickled."""
-        return {"weights": self.weights, "checks": self.checks}
+        return {"weights": self.weights, "checks": self.checks, "unedited": self.unedited}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, call=CallState())
@@ -77,6 +86,7 @@ class Layer(Protocol):
     name: str
     is_block: bool
     in_encoder: bool
+    layout: Any
     state: ModelState
     bases: Bases
     reft_R: nn.ParameterDict
@@ -85,6 +95,8 @@ class Layer(Protocol):
     def adapters_in_use(self, mixed: Sequence[str] | None) -> list[LayerAdapter]: ...
 
     def load_offloaded(self) -> None: ...
+
+    def get_base_layer(self) -> nn.Module: ...
 
 
 def plan(

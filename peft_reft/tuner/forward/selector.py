@@ -1,9 +1,8 @@
 """The tokens that an adapter edits in one call of a model.
 
 This module combines the tokens in the arguments of the call (positions/batch.py), the rules of the adapter
-(positions/spec.py) and, within `generate`, its prompts (generation.py). It remembers two facts of earlier batches that
-a batch alone does not show: whether training batches have labels, and whether attention masks number packed sequences.
-It knows nothing of layers.
+(positions/spec.py) and, within `generate`, its prompts (generation.py). It remembers what a batch alone does not show:
+whether attention masks number packed sequences, and which warnings were given. It knows nothing of layers.
 
 Dimensions: B rows of the batch, S tokens of a row, F tokens of the flattened batch, B · S, N sequences of the batch,
 R rank.
@@ -11,27 +10,20 @@ R rank.
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..positions.batch import Batch, select_tokens
-from ..positions.deferred_checks import Checks
+from ..positions.batch import Batch, SelectedTokens, select_tokens
+from ..positions.notices import Notices
 from ..positions.selection import Selection
 from ..positions.spec import Rules
 from ..positions.subspaces import used_directions
+from ..positions.unedited import UneditedRows
 from .generation import Generation
 from .transformers_api import Past, find_past
-
-
-EVALUATION_WITHOUT_LABELS = (
-    "A batch without labels is evaluated after training on batches with them: all its tokens are taken for prompt, "
-    "and the last of them are edited. If it holds answers, that is not what training edited. Set response_template in "
-    "ReftConfig, or pass prompt_lengths, for both to agree."
-)
 
 
 @dataclass(frozen=True)
@@ -48,6 +40,8 @@ class Call:
         training (`bool`): Whether the model is in training mode.
         generation (`Generation`, *optional*): The running `generate` that makes the call.
         in_encoder (`bool`): Whether the encoder of an encoder-decoder model is called.
+        edits (`dict[Rules, SelectedTokens]`): Takes the tokens that are edited in a call outside `generate`, which a
+            cache that the call fills is known by later (reuse.py).
     """
 
     model_name: str
@@ -58,18 +52,20 @@ class Call:
     training: bool
     generation: Generation | None
     in_encoder: bool
+    edits: dict[Rules, SelectedTokens] = field(default_factory=dict)
 
 
 class Selector:
     """Finds the tokens that adapters edit in the calls of one model.
 
     Args:
-        checks (`Checks`): Takes the conditions on batches whose values are on a device, and reads them later.
+        rows (`UneditedRows`): Counts the rows without a token to edit. Its `checks` take the conditions on batches
+            whose values are on a device, and read them later.
     """
 
-    def __init__(self, checks: Checks) -> None:
-        self._checks = checks
-        self._saw_labels = False  # whether labels have told the prompts of a training batch
+    def __init__(self, rows: UneditedRows) -> None:
+        self._rows, self._checks = rows, rows.checks
+        self._notices = Notices(rows.checks)
         self._masks_number_sequences: bool | None = None  # None: no mask of integers has been seen yet
 
     def select(self, rules: Rules, call: Call) -> Selection | None:
@@ -109,13 +105,14 @@ class Selector:
             return Selection(torch.ones(batch.shape, dtype=torch.bool, device=batch.device))
         if call.in_encoder or (call.generation is None and batch.given_by_caller == "intervention_mask"):
             # An encoder has no cache, and an intervention_mask names tokens of this very call: no cache is read.
-            return self._select_in_batch(rules, batch, training)
+            return self._select_in_batch(rules, batch, call, training)
         past = find_past(call.model_name, call.arguments)
         if call.generation is not None:
             return call.generation.select(rules, batch, past)
         read = 0 if past is None else _length(rules, past)
         if read == 0 or batch.given_by_caller is not None:
-            return self._select_in_batch(rules, batch, training, read)
+            is_part = past is not None or call.arguments.get("use_cache") is True
+            return self._select_in_batch(rules, batch, call, training, read, is_part)
         _refuse_several_tokens(batch, read)
         return None  # a decode step
 
@@ -143,23 +140,45 @@ class Selector:
         self._checks.require(numbered[None], _refuse_late_numbers)
         return replace(batch, attention_mask=mask != 0)
 
-    def _select_in_batch(self, rules: Rules, batch: Batch, training: bool, past: int = 0) -> Selection:
+    def _select_in_batch(
+        self, rules: Rules, batch: Batch, call: Call, training: bool, past: int = 0, is_part: bool = False
+    ) -> Selection:
         """The tokens that an adapter edits in a batch.
 
         Where the batch continues a cache of `past` tokens, the caller has given the length of each whole prompt, and
-        the tokens after the first `past` are returned.
+        the tokens after the first `past` are returned. Where it may be followed by the rest of its prompts (`is_part`,
+        the caller asks for a cache), a longer prompt than the batch goes on in a later call. Else lengths end with the
+        batch.
         """
-        # prompt_lengths and attention_mask are about the whole prompts, the tensors that are left out about the rest.
-        if past > 0:
-            batch = replace(batch, shape=(batch.shape[0], past + batch.shape[1]))
-            batch = replace(batch, input_ids=None, position_ids=None, cu_seq_lens=None, labels=None)
-        tokens = select_tokens(rules, batch, training, self._checks)
-        if tokens.origin == "labels":
-            self._saw_labels |= training
-        elif tokens.origin == "all tokens" and rules.reads_labels and self._saw_labels:
-            self._saw_labels = False  # warn once
-            warnings.warn(EVALUATION_WITHOUT_LABELS)
+        width = past + batch.shape[1]
+        later = 0  # tokens of the longest prompt that later calls will be fed
+        if is_part and batch.prompt_lengths is not None and not training:
+            later = max(0, int(batch.prompt_lengths.max()) - width)
+        if past + later > 0:
+            batch = _whole(batch, width + later, later)
+        tokens = select_tokens(rules, batch, training, self._rows, self._notices)
+        if later:
+            tokens = replace(tokens, first_BS=tokens.first_BS[:, :width], last_BS=tokens.last_BS[:, :width])
+        if not call.in_encoder and call.generation is None:
+            call.edits[rules] = tokens
         return tokens.after(past, rules)
+
+
+def _whole(batch: Batch, width: int, later: int) -> Batch:
+    """The batch of whole prompts of which a call is fed a part: prompt_lengths and attention_mask are about the whole,
+    the tensors that are left out about the part.
+
+    Args:
+        batch (`Batch`): The part.
+        width (`int`): The number of columns of the whole.
+        later (`int`): How many of them later calls are fed. The attention mask may lack these.
+    """
+    mask = batch.attention_mask
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == width - later:
+        mask = nn.functional.pad(mask, (0, later), value=1)
+    shape = (batch.shape[0], width)
+    batch = replace(batch, shape=shape, attention_mask=mask, labels=None)
+    return replace(batch, input_ids=None, position_ids=None, cu_seq_lens=None)
 
 
 def _length(rules: Rules, past: Past) -> int:
@@ -209,7 +228,9 @@ def _used_directions(rules: Rules, call: Call, batch: Batch, training: bool) -> 
         if training:
             raise ValueError(
                 f"The adapter has subspaces ({', '.join(sizes)}), and the training batch does not say which its "
-                "examples use. Pass subspaces [batch] with it: numbers of groups, or names."
+                "examples use. Pass subspaces [batch] with it: numbers of groups, or names. transformers' Trainer "
+                "passes on a dataset's column of that name; where rows go through a collator of your own, wrap it in "
+                "peft_reft.ColumnsCollator(collator)."
             )
         return None
     if generation is None:

@@ -28,7 +28,7 @@ from ..versions import gone, require, way_out
 try:
     from transformers import AutoTokenizer, GenerationConfig
     from transformers.activations import ACT2FN
-    from transformers.cache_utils import Cache
+    from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
     from transformers.pytorch_utils import Conv1D
 except ImportError as error:
@@ -38,6 +38,7 @@ __all__ = ["ACT2FN", "AutoTokenizer", "Cache", "Conv1D", "bytes_to_unicode"]
 
 RELIED_ON = (
     "transformers.cache_utils:Cache.get_seq_length",  # how many tokens a cache holds
+    "transformers.cache_utils:DynamicLayer.crop",  # removes columns that were read for another prompt
     "transformers.cache_utils:Cache.is_linear",  # which of its layers hold recurrent states instead of tokens
     "transformers.generation.utils:GenerationMixin.generate",  # runs every forward of the prompt and of decoding
     "transformers.modeling_utils:PreTrainedModel.can_generate",  # whether labels are answers, without a task type
@@ -223,6 +224,31 @@ def find_past_of_generate(model_name: str, kwargs: Mapping[str, Any]) -> Past | 
     return find_past(model_name, known)
 
 
+def crop_cache(cache: Cache, columns: int) -> bool:
+    """Remove the last columns of a cache, so that they can be read again.
+
+    Args:
+        cache (`Cache`): The cache. Changed in place.
+        columns (`int`): How many columns to remove.
+
+    Returns:
+        `bool`: Whether they were removed. False: a cache of this kind keeps a state, or a window, that has forgotten
+            what was before, and it is as it was.
+    """
+    layers = list(getattr(cache, "layers", ()))
+    # Of these types themselves: a subclass may have a window or a state. StaticLayer has no crop before 5.24.
+    if not layers or not all(
+        type(layer) in (DynamicLayer, StaticLayer) and hasattr(layer, "crop") for layer in layers
+    ):
+        return False
+    length = int(cache.get_seq_length())
+    for layer in layers:
+        layer.crop(-columns)
+    if int(cache.get_seq_length()) != length - columns:
+        raise RuntimeError(gone("transformers", "a crop of negative numbers in the layers of a Cache"))
+    return True
+
+
 # -- generate ---------------------------------------------------------------------------------------------------------
 
 
@@ -356,6 +382,16 @@ def encoder_of(model: nn.Module) -> nn.Module | None:
     get_encoder: Any = getattr(model, "get_encoder", None)
     encoder = get_encoder() if takes_both and get_encoder is not None else None
     return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The text decoder of a model with several towers. The model itself where it has one tower only, or says none."""
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if get_decoder is not None else None
+    # ModernBERT's decoder has a linear layer called `decoder`, which get_decoder returns.
+    if not isinstance(decoder, nn.Module) or not any(isinstance(m, nn.ModuleList) for m in decoder.modules()):
+        return model
+    return decoder
 
 
 def block_names(model: nn.Module) -> set[str]:

@@ -76,10 +76,11 @@ class Bases:
         return changed
 
     def only_doubted(self, adapter_name: str) -> bool:
-        """Whether an R that `stale` returned is doubted alone: nothing is known to have written to it."""
-        R = self._parameters._parameters[adapter_name]
+        """Whether an R that `stale` returned is doubted alone: nothing is known to have written to it. So is one that
+        has taken the place of a clean R: the first version of FSDP puts a view there, which must not be written to."""
+        R, known = self._parameters._parameters[adapter_name], self._clean.get(adapter_name)
         assert R is not None
-        return self._clean.get(adapter_name) == _state(R)
+        return known is not None and (known == _state(R) or known[0] != id(R))
 
     def mark_stepped(self, stepped: set[int]) -> None:
         """Note that an optimizer has stepped the parameters with these ids."""

@@ -1,7 +1,7 @@
 """Checks of an adapter that is loaded: of its file, the names and shapes of its tensors, and their values.
 
-PEFT does not load strictly: it drops tensors that the model lacks, leaves start values where the file lacks tensors,
-and reads a pickle where there is no safetensors file. Each of these would change the edits in silence.
+PEFT does not load strictly: it drops tensors that the model lacks, and leaves start values where the file lacks
+tensors. Each of these would change the edits in silence.
 
 A saved adapter is checked twice. `check_file` reads its folder, before anything is changed: it knows the file and its
 config, and not the model. `check_state_dict` compares a state dict with the model before the first tensor is written,
@@ -46,11 +46,6 @@ NAME_OF_TENSOR = re.compile(r"(?:(?P<module>.*)\.)?reft_(?P<letter>[^.]+)(?:\.(?
 # Attributes in which wrappers hold the wrapped module. They are not a part of the module's own name.
 WRAPPERS = re.compile(r"\b(?:base_layer|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
-CONVERSION = (
-    "from safetensors.torch import save_file; "
-    f"save_file(torch.load({WEIGHTS_NAME!r}, weights_only=True), {SAFETENSORS_WEIGHTS_NAME!r})"
-)
-
 
 class Config(Protocol):
     """The fields of a ReftConfig that this module reads."""
@@ -79,16 +74,11 @@ def check_file(model_id: str | os.PathLike, config: Config, **hub: Any) -> None:
     Raises:
         ValueError: naming the file, the tensor, what is wrong and the way out.
     """
-    path = _find(model_id, SAFETENSORS_WEIGHTS_NAME, **hub)
-    if path is not None:
-        _check_tensors_of_file(path, read(path), config)
-        return
-    pickled = _find(model_id, WEIGHTS_NAME, **hub)
-    if pickled is not None:
-        raise ValueError(
-            f"{pickled} is a pickle, and there is no {SAFETENSORS_WEIGHTS_NAME} beside it. ReFT reads safetensors "
-            f"only, for a pickle may run code. If you trust who made it, convert it once, in its folder: {CONVERSION}"
-        )
+    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):  # in PEFT's order
+        path = _find(model_id, name, **hub)
+        if path is not None:
+            _check_tensors_of_file(path, read(path), config)
+            return
 
 
 def _find(model_id: str | os.PathLike, name: str, subfolder: str | None = None, **hub: Any) -> str | None:
@@ -103,11 +93,21 @@ def _find(model_id: str | os.PathLike, name: str, subfolder: str | None = None, 
 
 
 def read(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, by name.
+    """The tensors of a safetensors file, or of a pickle, by name.
 
     Raises:
-        ValueError: when the file is damaged or cut off, naming it.
+        ValueError: when the file is damaged or cut off, or is a pickle of anything else than tensors. No code in a
+            pickle is run.
     """
+    if not str(path).endswith(".safetensors"):
+        try:
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:
+            raise ValueError(
+                f"{path} ({os.path.getsize(path):,} bytes) can't be read as a pickle of tensors (weights_only=True): "
+                f"{str(error).splitlines()[0] if str(error) else error!r} It is damaged, cut off, or holds code. "
+                f"Take {SAFETENSORS_WEIGHTS_NAME} of the same save, or save the adapter anew."
+            ) from error
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}

@@ -10,15 +10,23 @@ Dimensions: B rows of the batch, S tokens of a row, N sequences of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .deferred_checks import Checks
+from .notices import (
+    DISAGREEING,
+    EMBEDDINGS,
+    SEVERAL_ANSWERS,
+    UNTOLD,
+    Notices,
+    several_answers,
+    ways_out,
+)
 from .prompts import (
     IGNORED_LABEL,
     Prompts,
@@ -27,23 +35,19 @@ from .prompts import (
     by_labels,
     by_lengths,
     by_responses,
+    either,
     find_sequences,
     total_within,
     whole,
 )
 from .selection import Selection, max_slots, round_up, selection_from_masks
 from .spec import Rules, first_and_last, masks_from_intervention_mask
+from .unedited import UneditedRows, Use
 
 
 # Arguments of a forward, or tensors of a batch, that only ReFT reads: the base model does not get them.
 REFT_ARGUMENTS = ("prompt_lengths", "intervention_mask", "subspaces")
 PACKING = "cu_seq_lens_q"  # transformers' name for the cumulative lengths of the sequences of a packed batch
-
-WAYS_OUT = (
-    "Say it in one of these ways: labels with -100 at the prompt; prompt_lengths [batch], which "
-    "peft_reft.PromptLengthsCollator(data_collator) adds from labels or a completion mask; response_template in "
-    "ReftConfig, the text that answers begin after; or positions='all'"
-)
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ class SelectedTokens:
         runs (`int`, *optional*): An upper bound on the runs of prompt tokens (prompts.py) that they come from, where
             one is known.
         origin (`str`): By what the prompts were found: `"intervention_mask"`, `"prompt_lengths"`,
-            `"response_template"`, `"labels"`, or `"all tokens"`.
+            `"response_template"`, `"labels"`, `"response_template or labels"` where some sequences may lack the
+            template, or `"all tokens"`.
         prompt_BS (`torch.BoolTensor`, *optional*): [B, S], the prompts. None where an intervention_mask names the
             tokens.
     """
@@ -176,70 +181,167 @@ def _columns(mask_BS: Tensor, column: int, width: int, repeats: int) -> Tensor:
     return nn.functional.pad(here_BS, (0, width - here_BS.shape[1]))
 
 
-def select_tokens(rules: Rules, batch: Batch, training: bool, checks: Checks | None = None) -> SelectedTokens:
+def select_tokens(
+    rules: Rules, batch: Batch, training: bool, rows: UneditedRows | None = None, notices: Notices | None = None
+) -> SelectedTokens:
     """Find the tokens that an adapter edits in a batch.
 
     The first of these that is given decides where the prompts are: `intervention_mask`, `prompt_lengths`, the response
-    template, labels. Without any, all real tokens are prompt (docs/positions.md).
+    template, labels. Without any, all real tokens are prompt (docs/positions.md). A row without a token to edit is
+    passed over (unedited.py).
 
     Args:
         rules (`Rules`): How the adapter finds its tokens.
         batch (`Batch`): The whole batch: not the rest of a prompt whose start is in a cache.
         training (`bool`): Whether the model is trained on the batch, so that answers are among its tokens.
-        checks (`Checks`, *optional*): Collects the conditions on the batch, so that a GPU is not waited for. None:
-            each condition is read from the device at once.
+        rows (`UneditedRows`, *optional*): Counts the rows without a token to edit, over the batches of a model, and
+            defers the reading so that a GPU is not waited for. None: they are neither counted nor refused.
+        notices (`Notices`, *optional*): Gives the warnings about a batch that is no prompt of `generate`. None: there
+            are none to give.
 
     Raises:
         ValueError: when a tensor has another shape than the batch, when a training batch does not say where its
-            prompts are, and when a batch that says where they are has no prompt tokens to edit.
+            prompts are, and when a model's first batches that say where they are have no prompt tokens to edit.
     """
-    checks = checks or Checks(queueing=())
     if batch.intervention_mask is not None:
         first_BS, last_BS = masks_from_intervention_mask(
             batch.intervention_mask, batch.shape, rules.groups, batch.device
         )
-        if training:
-            _refuse_empty(checks, rules, "intervention_mask", first_BS | last_BS)
+        if training and rows is not None:
+            edited_BS = first_BS | last_BS
+            each = Sequences(torch.ones_like(edited_BS), None, batch.shape[0])  # an attention mask may be unreadable
+            rows.note(rules, "training", "intervention_mask", each, edited_BS, edited_BS, _learnt(rules, batch))
         return SelectedTokens(first_BS, last_BS, None, "intervention_mask")
     sequences = batch.sequences
-    prompts, origin = _prompts(rules, batch, sequences, training, checks)
+    prompts, origin = _prompts(rules, batch, sequences, training, notices)
     first_BS, last_BS = first_and_last(prompts, rules.spec)
-    if training and origin != "all tokens":
-        _refuse_empty(checks, rules, origin, first_BS | last_BS, prompts.prompt_BS)
-    elif origin in ("labels", "prompt_lengths"):
-        _refuse_empty(checks, rules, origin, prompts.prompt_BS)
+    if rows is not None:
+        learnt_BS = _learnt(rules, batch)
+        told = origin in ("labels", "prompt_lengths") or learnt_BS is not None
+        use: Use = "training" if training else "evaluation" if told else "inference"
+        rows.note(rules, use, origin, sequences, first_BS | last_BS, prompts.prompt_BS, learnt_BS)
     return SelectedTokens(first_BS, last_BS, prompts.runs, origin, prompts.prompt_BS)
 
 
-def _prompts(rules: Rules, batch: Batch, sequences: Sequences, training: bool, checks: Checks) -> tuple[Prompts, str]:
+def _learnt(rules: Rules, batch: Batch) -> Tensor | None:
+    """[B, S], the tokens of a batch that have a label. None where it has no labels, or labels that are classes."""
+    if batch.labels is None or not rules.reads_labels:
+        return None
+    return as_batch("labels", batch.labels, batch.shape, batch.device) != IGNORED_LABEL
+
+
+def _prompts(
+    rules: Rules, batch: Batch, sequences: Sequences, training: bool, notices: Notices | None
+) -> tuple[Prompts, str]:
     """The prompts of a batch, and their `SelectedTokens.origin`."""
     labels = batch.labels if rules.reads_labels else None
     if labels is not None:
         labels = as_batch("labels", labels, batch.shape, batch.device)
+    template = rules.template if rules.reads_labels else None
     if batch.prompt_lengths is not None:
-        return by_lengths(sequences, batch.prompt_lengths), "prompt_lengths"
-    if rules.template is not None and rules.reads_labels:
-        if batch.input_ids is None:
+        prompts = by_lengths(sequences, batch.prompt_lengths)
+        if training and notices is not None and template is not None and rules.template_optional:
+            _compare_with_template(rules, batch, sequences, prompts, notices)
+        return prompts, "prompt_lengths"
+    if template is not None and batch.input_ids is None:
+        if not rules.template_optional:
             raise ValueError(
                 "response_template is looked for in input_ids, and the batch has inputs_embeds alone. Pass "
                 f"prompt_lengths [{batch.shape[0]}] with it, the tokens of each prompt."
             )
-        ids_BS = batch.input_ids.to(batch.device)
-        match_BS = rules.template.matches(ids_BS, sequences.start_BS)
-        if training:
-            _refuse_missing(checks, match_BS, sequences, labels)
-        end_BS = torch.zeros_like(match_BS)
-        for end_id in rules.end_ids:  # numbers: a tensor would have to be copied to the device
-            end_BS |= ids_BS == end_id
-        return by_responses(sequences, match_BS, end_BS, rules.every), "response_template"
+        if notices is not None:
+            notices.warn(EMBEDDINGS)
+        template = None
+    if template is not None:
+        match_BS, end_BS = _matches(rules, batch, sequences)
+        if labels is not None and rules.template_optional:
+            return _by_template_or_labels(rules, sequences, match_BS, end_BS, labels, notices)
+        prompts = by_responses(sequences, match_BS, end_BS, rules.every)
+        found_BS = total_within(match_BS, sequences.packed_start_BS) > 0
+        if training or labels is not None:
+            # The row holds an answer, and where it begins is unknown. Its last tokens are not those of a prompt.
+            prompts = replace(prompts, prompt_BS=prompts.prompt_BS & found_BS)
+        elif notices is not None:
+            notices.warn(UNTOLD, lambda: sequences.real_BS & ~found_BS)
+        return prompts, "response_template"
     if labels is not None:
+        if notices is not None:
+            _warn_of_several_answers(rules, notices, lambda: several_answers(sequences, labels))
         return by_labels(sequences, labels, rules.every), "labels"
     if training and rules.reads_labels:
         raise ValueError(
             f"{rules}: a training batch without labels does not say where its prompts end, and ReFT edits tokens of "
-            f"the prompt. {WAYS_OUT}."
+            f"the prompt. {ways_out(rules.why_no_template)}."
         )
+    if rules.reads_labels and notices is not None:
+        notices.warn(UNTOLD)
     return whole(sequences), "all tokens"
+
+
+def _matches(rules: Rules, batch: Batch, sequences: Sequences) -> tuple[Tensor, Tensor]:
+    """The last tokens of the matches of the response template, and the tokens that end answers: bool, [B, S] each."""
+    assert rules.template is not None and batch.input_ids is not None
+    ids_BS = batch.input_ids.to(batch.device)
+    match_BS = rules.template.matches(ids_BS, sequences.start_BS) & sequences.real_BS
+    end_BS = torch.zeros_like(match_BS)
+    for end_id in rules.end_ids:  # numbers: a tensor would have to be copied to the device
+        end_BS |= ids_BS == end_id
+    return match_BS, end_BS
+
+
+def _by_template_or_labels(
+    rules: Rules,
+    sequences: Sequences,
+    match_BS: Tensor,
+    end_BS: Tensor,
+    labels: Tensor,
+    notices: Notices | None,
+) -> tuple[Prompts, str]:
+    """The prompts where a sequence may lack the response template: by the template where a sequence has it, which is
+    what `generate` goes by too, else by labels.
+
+    Where labels mask a prompt, a template among the labelled tokens is a part of the answer. Where they mask none, all
+    tokens are trained, and each template counts. A first token alone is no prompt: collators mask it in packed rows.
+    """
+    start_BS = sequences.packed_start_BS
+    answer_BS = sequences.real_BS & (labels != IGNORED_LABEL)
+    by_label = by_labels(sequences, labels, every=False)
+    masked_BS = (total_within(by_label.prompt_BS, start_BS) > 1) & (total_within(answer_BS, start_BS) > 0)
+    opening_BS = match_BS & ~(masked_BS & answer_BS)
+    found_BS = total_within(opening_BS, start_BS) > 0
+    by_template = by_responses(sequences, opening_BS, end_BS, rules.every)
+    if notices is not None:
+        matched_BS = total_within(match_BS, start_BS) > 0
+
+        def elsewhere() -> Tensor:
+            first_BS = by_responses(sequences, opening_BS, end_BS, every=False).prompt_BS
+            return masked_BS & matched_BS & (~found_BS | by_label.prompt_BS & ~first_BS)
+
+        decides = "the template, or by labels where they train the template itself,"
+        text = DISAGREEING.format(origin="Labels", template=rules.template, decides=decides)
+        notices.warn(text, elsewhere, key="labels and template")
+        _warn_of_several_answers(rules, notices, lambda: several_answers(sequences, labels, ~found_BS))
+    others = by_labels(sequences, labels, rules.every) if rules.every else by_label
+    return either(sequences, found_BS, by_template, others), "response_template or labels"
+
+
+def _warn_of_several_answers(rules: Rules, notices: Notices, if_any: Callable[[], Tensor]) -> None:
+    edited = "the end of each of their prompts" if rules.every else "the prompt of the first of them"
+    notices.warn(SEVERAL_ANSWERS.format(edited=edited), if_any)
+
+
+def _compare_with_template(rules: Rules, batch: Batch, sequences: Sequences, given: Prompts, notices: Notices) -> None:
+    """Warn where the caller's lengths end a prompt at another token than the template does, which generate goes by."""
+
+    def elsewhere() -> Tensor:
+        if batch.input_ids is None:
+            return torch.zeros_like(given.prompt_BS)
+        match_BS, end_BS = _matches(rules, batch, sequences)
+        matched_BS = total_within(match_BS, sequences.packed_start_BS) > 0
+        return (given.prompt_BS ^ by_responses(sequences, match_BS, end_BS, every=False).prompt_BS) & matched_BS
+
+    text = DISAGREEING.format(origin="prompt_lengths", template=rules.template, decides="prompt_lengths")
+    notices.warn(text, elsewhere, key="prompt_lengths and template")
 
 
 def _padding_mask(mask: Any, shape: tuple[int, int]) -> Tensor | None:
@@ -253,50 +355,3 @@ def _padding_mask(mask: Any, shape: tuple[int, int]) -> Tensor | None:
             "for padding, or say which tokens to edit with intervention_mask."
         )
     return mask[:, : shape[1]]
-
-
-# Why a batch has no prompt tokens, by `SelectedTokens.origin`.
-EMPTY = {
-    "labels": "no label of -100 stands before an answer (is train_on_inputs set, or is this plain text?)",
-    "prompt_lengths": "prompt_lengths is 0 for every row",
-    "intervention_mask": "intervention_mask is 0 everywhere",
-    "response_template": "it begins with an answer",
-}
-
-
-def _refuse_empty(
-    checks: Checks, rules: Rules, origin: str, edited_BS: Tensor, prompt_BS: Tensor | None = None
-) -> None:
-    """Refuse a batch in which no token is edited."""
-
-    def error_for(numbers: list[int]) -> ValueError | None:
-        edited, prompted = numbers
-        if edited:
-            return None
-        cause = EMPTY[origin]
-        if prompted:
-            cause = f"by its {origin}, no prompt has more than one token, too few for both first and last tokens"
-        return ValueError(f"{rules}: the batch has no prompt tokens to edit: {cause}. {WAYS_OUT}.")
-
-    checks.require(torch.stack([edited_BS.any(), (edited_BS if prompt_BS is None else prompt_BS).any()]), error_for)
-
-
-def _refuse_missing(checks: Checks, match_BS: Tensor, sequences: Sequences, labels: Tensor | None) -> None:
-    """Refuse a training sequence without the response template: it would be edited at the end of its answer."""
-    missing_BS = sequences.real_BS & (total_within(match_BS & sequences.real_BS, sequences.start_BS) == 0)
-    if labels is not None:  # without a label nothing is learnt: harmless, as a prompt cut off before its answer
-        missing_BS &= total_within(labels != IGNORED_LABEL, sequences.start_BS) > 0
-    missing_B = missing_BS.any(dim=1)
-
-    def error_for(numbers: list[int]) -> ValueError | None:
-        count, row = numbers
-        if count == 0:
-            return None
-        return ValueError(
-            f"response_template is not in row {row} of the training batch (rows without it: {count} of "
-            f"{len(missing_B)}). Check it against the text of a prompt with peft_reft.explain_positions. Where a "
-            "sequence was cut off before its answer, allow more tokens or leave it out; or pass prompt_lengths "
-            "[batch], which peft_reft.PromptLengthsCollator(data_collator) adds."
-        )
-
-    checks.require(torch.stack([missing_B.sum(), missing_B.int().argmax()]), error_for)

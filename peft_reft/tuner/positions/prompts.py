@@ -60,8 +60,20 @@ class Sequences:
         rows, width = self.real_BS.shape
         if not self.packed:
             return value_N[:, None].expand(rows, width, *value_N.shape[1:])
+        return value_N[self._number_F].unflatten(0, (rows, width))
+
+    def any_of_each(self, masks_KBS: Tensor) -> Tensor:
+        """Whether each sequence has a token of a mask, for several masks: [K, B, S] becomes [K, N], bool."""
+        if not self.packed:
+            return masks_KBS.any(dim=2)
+        counts_KN = torch.zeros(masks_KBS.shape[0], self.count, dtype=torch.int64, device=masks_KBS.device)
+        return counts_KN.index_add_(1, self._number_F, (masks_KBS & self.real_BS).flatten(1).long()) > 0
+
+    @cached_property
+    def _number_F(self) -> Tensor:
+        """The number of each token's sequence, from 0, in the flattened batch. Padding has that of its neighbour."""
         opened_F = (self.start_BS & self.real_BS).flatten().cumsum(dim=0)
-        return value_N[(opened_F - 1).clamp(min=0)].unflatten(0, (rows, width))
+        return (opened_F - 1).clamp(min=0)
 
 
 @dataclass(frozen=True)
@@ -209,6 +221,22 @@ def by_responses(sequences: Sequences, match_BS: Tensor, end_BS: Tensor, every: 
     another_BS = begun_BS < total_within(match_BS, sequences.packed_start_BS)
     prompt_BS = prompt_BS | sequences.real_BS & another_BS & (over_BS | endless_BS)
     return _in_runs(prompt_BS, response_start_BS, later_BS=begun_BS > 0)
+
+
+def either(sequences: Sequences, first_BS: Tensor, first: Prompts, second: Prompts) -> Prompts:
+    """The prompts of two ways of finding them: of the first way in some sequences, of the second in the others.
+
+    Args:
+        sequences (`Sequences`): The sequences of the batch.
+        first_BS (`torch.BoolTensor`): [B, S], the tokens of the sequences that go by the first way.
+        first, second (`Prompts`): The prompts by either way, both with one run in a sequence or both with several.
+    """
+    prompt_BS = first.prompt_BS.where(first_BS, second.prompt_BS)
+    if first.later_BS is None or second.later_BS is None:
+        return replace(whole(sequences), prompt_BS=prompt_BS)
+    assert first.start_BS is not None and second.start_BS is not None
+    start_BS = first.start_BS.where(first_BS, second.start_BS)
+    return Prompts(prompt_BS, start_BS, first.later_BS.where(first_BS, second.later_BS), None)
 
 
 def _in_runs(prompt_BS: Tensor, start_BS: Tensor, later_BS: Tensor) -> Prompts:

@@ -77,6 +77,8 @@ class Rules:
         groups (`int`): G, 2 where first and last tokens have weights of their own.
         every (`bool`): Whether each turn has a prompt, else only the first.
         template (`IdTemplate` or `TextTemplate`, *optional*): The response template, after which an answer begins.
+        template_optional (`bool`): Whether a sequence may lack the template: then its labels tell its prompt.
+        why_no_template (`str`): Why no template was found, where one was looked for. For messages.
         end_ids (`tuple[int, ...]`): The ids of the tokens that end an answer.
         reads_labels (`bool`): Whether labels mark answers. Where they are classes, they are not read, and neither is
             the template.
@@ -88,6 +90,8 @@ class Rules:
     groups: int
     every: bool = False
     template: IdTemplate | TextTemplate | None = None
+    template_optional: bool = False
+    why_no_template: str = ""
     end_ids: tuple[int, ...] = ()
     reads_labels: bool = True
     subspaces: tuple[tuple[str, int], ...] = ()

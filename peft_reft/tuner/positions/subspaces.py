@@ -10,6 +10,7 @@ Dimensions: N sequences of the batch, K subspaces of the adapter, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -39,11 +40,24 @@ def used_directions(given: Any, subspaces: dict[str, int], count: int, device: t
     if isinstance(given, Tensor):
         used_NK = _from_tensor(given, names, count)
     else:
-        used_NK = torch.tensor([_from_text(text, names) for text in given], dtype=torch.bool).view(-1, len(names))
+        used_NK = mask_of_names(given, names)
     if used_NK.shape[0] != count:
         raise ValueError(f"subspaces has {used_NK.shape[0]} entries, but the batch has {count} sequences.")
     sizes = torch.tensor(list(subspaces.values()), device=used_NK.device)
     return used_NK.repeat_interleave(sizes, dim=1, output_size=sum(subspaces.values())).to(device)
+
+
+def mask_of_names(given: Iterable[Any], names: list[str]) -> Tensor:
+    """Which subspaces each sequence uses, [N, K], bool.
+
+    Args:
+        given (`Iterable[str]`): For each sequence a name, or several joined by `+`.
+        names (`list[str]`): The subspaces of the adapter.
+
+    Raises:
+        ValueError: for a name of no subspace.
+    """
+    return torch.tensor([_from_text(text, names) for text in given], dtype=torch.bool).view(-1, len(names))
 
 
 def _from_text(text: Any, names: list[str]) -> list[bool]:

@@ -29,6 +29,9 @@ class IdTemplate:
     def __init__(self, ids: list[int]) -> None:
         self.ids = ids
 
+    def __str__(self) -> str:
+        return str(self.ids)
+
     def matches(self, ids_BS: Tensor, start_BS: Tensor) -> Tensor:
         """Find the template. No match crosses a start.
 
@@ -60,6 +63,9 @@ class TextTemplate:
         state_VM, hit_VM = _search_table(text.encode(), tokens)
         self.state_VM = torch.from_numpy(state_VM)
         self.hit_VM = torch.from_numpy(hit_VM)
+
+    def __str__(self) -> str:
+        return repr(self.text)
 
     def occurs_in(self, ids: list[int]) -> bool:
         """Whether the template is found in the token ids of one sequence."""

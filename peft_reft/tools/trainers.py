@@ -1,0 +1,108 @@
+"""What a ReFT adapter needs of transformers' Trainer, given to every Trainer whose model has one.
+
+Trainer, and TRL's and axolotl's, which derive from it, drop dataset columns that the base model's forward does not
+name, and have no entry point for plugins. So `serve_trainers` wraps three methods of Trainer, once in a process. A
+Trainer gets a callback that logs the rows without a token to edit at the end of each epoch, dataset columns that
+only ReFT reads (`REFT_ARGUMENTS`) reach the model, and the response template that an adapter asks for is found by the
+Trainer's tokenizer. A Trainer whose model has no ReFT adapter stays as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from ..tuner.forward.context import ForwardContext
+from ..tuner.positions.batch import REFT_ARGUMENTS
+from ..tuner.positions.unedited import counted
+from ..tuner.rules import use_tokenizer
+from ..tuner.versions import require
+from .collator import ColumnsCollator
+
+
+LOG = logging.getLogger(__name__)
+# The methods of Trainer that drop columns, from a dataset and from the rows that a collator is given.
+DROPPING = ("_remove_unused_columns", "_get_collator_with_removed_columns")
+
+
+class UneditedRowsCallback(TrainerCallback):
+    """Logs, at the end of each epoch, how many rows had no token to edit, where there were any.
+
+    The text goes to the logger `peft_reft.tools.trainers`, the numbers (`reft_rows`, `reft_rows_unedited`) to the
+    Trainer's `state.log_history`. Each process of a distributed run counts its own rows.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        context = ForwardContext.of(model)
+        if context is not None:
+            context.state.unedited.restart()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        context = ForwardContext.of(model)
+        for rules, counts in () if context is None else context.state.unedited.take_trained():
+            where = f" in process {args.process_index}" if args.world_size > 1 else ""
+            LOG.warning(
+                "%s: %s had no token to edit up to epoch %.2f%s, since the count before (%s of them with a prompt of "
+                "one token). They were passed over.",
+                *(rules, counted(counts), state.epoch or 0, where, f"{counts.short:,}"),
+            )
+            numbers = {"reft_rows": counts.rows, "reft_rows_unedited": counts.unedited}
+            state.log_history.append({**numbers, "epoch": state.epoch, "step": state.global_step})
+
+
+def serve_trainers() -> None:
+    """Wrap the methods of Trainer, once in a process. Importing peft_reft calls this."""
+    if hasattr(Trainer.__init__, "_serves_reft"):
+        return
+    Trainer.__init__ = _serving(Trainer.__init__)  # type: ignore[method-assign]
+    for name in DROPPING:
+        if hasattr(Trainer, name):
+            setattr(Trainer, name, _keeping_columns(getattr(Trainer, name)))
+
+
+def _serving(init: Any) -> Any:
+    @functools.wraps(init)
+    def make(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        init(trainer, *args, **kwargs)
+        context = ForwardContext.of(trainer.model) if trainer.model is not None else None
+        if context is not None:
+            require("transformers", *(f"transformers.trainer:Trainer.{name}" for name in DROPPING))
+            trainer.add_callback(UneditedRowsCallback)
+            if getattr(trainer, "processing_class", None) is not None:
+                use_tokenizer(trainer.model, trainer.processing_class)
+            subspaces = {rules.subspaces for rules in context.rules.values() if rules.subspaces}
+            names = [name for name, _ in next(iter(subspaces))] if len(subspaces) == 1 else None
+            kept = getattr(trainer.args, "truncation_mode", "keep_start") if _by_completion(context) else None
+            trainer.data_collator = ColumnsCollator(trainer.data_collator, names, kept)
+
+    make._serves_reft = True  # type: ignore[attr-defined]
+    return make
+
+
+def _by_completion(context: ForwardContext) -> bool:
+    """Whether a completion mask gives the prompts: labels would, and a template does not. TRL drops the mask from rows
+    that it trains on all tokens of (`completion_only_loss=False`), whose labels then mark no prompt."""
+    return all(
+        (rules.template is None or rules.template_optional)
+        and rules.reads_labels
+        and not rules.every
+        and not rules.spec.all_tokens
+        for rules in context.rules.values()
+    )
+
+
+def _keeping_columns(method: Any) -> Any:
+    @functools.wraps(method)
+    def keep(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        context = ForwardContext.of(trainer.model) if trainer.args.remove_unused_columns else None
+        if context is not None:
+            trainer._set_signature_columns_if_needed()
+            kept = trainer._signature_columns
+            read = [*REFT_ARGUMENTS, *(["completion_mask"] if _by_completion(context) else [])]
+            trainer._signature_columns = [*kept, *(name for name in read if name not in kept)]
+        return method(trainer, *args, **kwargs)
+
+    return keep
