@@ -1,49 +1,23 @@
-"""The decoder layers of a model in vLLM: which modules they are, what they return, and how their output is edited.
+"""The decoder layers of a model in vLLM: which modules they are, and what they return.
 
 vLLM's decoder layers return hidden states in one of three ways. In most families the block's output is the sum of a
 pair, hidden + residual, that the next norm adds up. In some it is the pair's first element, and in some the layer
 returns a tensor alone. `find_layout` tells which, from the layer's code and a probe of the model's norm.
-
-Dimensions: F tokens of the step, T tokens to edit, G groups of weights, R rank, D width of the hidden state.
 """
 
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from peft_reft.tuner.interventions.apply import Edit, EditWeights, delta
-
 
 Layout = Literal["sum", "first", "alone"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One adapter's edit of one layer's output in one step.
-
-    Args:
-        index_T (`torch.LongTensor`): [T], the tokens to edit, as rows of the step.
-        edit (`Edit`): The edit.
-        weights (`EditWeights`): Its weights for the layer.
-        unused_TGR (`torch.BoolTensor`, *optional*): The directions in which a token is not edited.
-    """
-
-    index_T: Tensor
-    edit: Edit
-    weights: EditWeights
-    unused_TGR: Tensor | None
-
-    def edited(self, h_TD: Tensor) -> Tensor:
-        return h_TD + delta(h_TD, self.edit, self.weights, self.unused_TGR)
 
 
 def find_blocks(model: nn.Module, count: int) -> tuple[str, dict[str, nn.Module]]:
@@ -141,46 +115,3 @@ def _returned(forward: Callable) -> set[int | None]:
                 is_tensor = isinstance(node.value, ast.Name) and node.value.id == "hidden_states"
                 counts.add(1 if is_tensor else None)
     return counts
-
-
-@functools.cache
-def edited_class(block_class: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of a decoder layer's class whose output is edited by the layer's jobs.
-
-    Only instances that have something to edit in a step get this class, for that step, so that all other steps run the
-    very code that they run without the plugin.
-    """
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        returned = block_class.forward(self, *args, **kwargs)
-        edit_returned(returned, self.__dict__["_reft_layout"], self.__dict__["_reft_jobs"])
-        return returned
-
-    return type(block_class.__name__, (block_class,), {"forward": forward, "__module__": block_class.__module__})
-
-
-def edit_returned(returned: Any, layout: Layout, jobs: list[Job]) -> None:
-    """Edit in place what a decoder layer returned.
-
-    Args:
-        returned: [F, D], or a pair of such tensors.
-        layout (`str`): `"sum"`, `"first"` or `"alone"`.
-        jobs (`list[Job]`): The edits.
-
-    Raises:
-        RuntimeError: when it is not of the layout.
-    """
-    is_pair = isinstance(returned, tuple) and len(returned) == 2 and all(isinstance(t, Tensor) for t in returned)
-    if is_pair is (layout == "alone") or not (is_pair or isinstance(returned, Tensor)):
-        raise RuntimeError(
-            f"A decoder layer returned {type(returned).__name__}, and the layout {layout!r} was expected."
-        )
-    hidden = returned[0] if is_pair else returned
-    for job in jobs:
-        index_T = job.index_T
-        if layout == "sum":
-            residual = returned[1]
-            residual[index_T] = job.edited(hidden[index_T] + residual[index_T])
-            hidden[index_T] = 0  # the state that the next norm reads is hidden + residual
-        else:
-            hidden[index_T] = job.edited(hidden[index_T])

@@ -72,20 +72,9 @@ def refuse_settings(vllm_config: Any) -> None:
     Raises:
         ValueError: naming the option and the way out.
     """
-    from vllm.config import CompilationMode
-
-    parallel, cache, compilation = (
-        vllm_config.parallel_config,
-        vllm_config.cache_config,
-        vllm_config.compilation_config,
-    )
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     for refused, option, way_out in (
         (vllm_config.lora_config is None, "an engine without LoRA", "Start it with --enable-lora."),
-        (
-            compilation.mode not in (None, CompilationMode.NONE),
-            "a compiled model and CUDA graphs",
-            "Start the engine with --enforce-eager.",
-        ),
         (
             vllm_config.use_v2_model_runner,
             "model runner V2",

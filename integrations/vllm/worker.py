@@ -15,31 +15,64 @@ from torch import Tensor, nn
 from peft_reft.tuner.interventions.apply import EditWeights
 
 from .adapters import Adapter
-from .layers import Job, Layout, edited_class, find_blocks, find_layout
+from .layers import find_blocks, find_layout
+from .operation import Job, Place, edited_class
 from .plans import Plan
+
+
+# A request's ReFT adapter by its number (0: none), its plan, the position of its first token in the step, and how many
+# tokens it has there.
+Request = tuple[int, Plan | None, int, int]
 
 
 class EditedModel:
     """The decoder layers of one model in a worker, and the ReFT adapters that edit them.
 
+    For each step vLLM's hooks (plugin.py) call `plan`, `start`, and after the model ran `finish`.
+
     Args:
         model (`torch.nn.Module`): The model, as vLLM loaded it.
-        model_config (`vllm.config.ModelConfig`): Its config.
+        vllm_config (`vllm.config.VllmConfig`): The settings of the engine.
+
+    Attributes:
+        edits (`bool`): Whether the planned step has something to edit. It then can't replay a CUDA graph.
+
+    Raises:
+        ValueError: when the model's decoder layers can't be found, or return something unknown.
     """
 
-    def __init__(self, model: nn.Module, model_config: Any) -> None:
+    def __init__(self, model: nn.Module, vllm_config: Any) -> None:
+        from vllm.config import CompilationMode
+
+        model_config = vllm_config.model_config
         self.model, text = model, model_config.hf_text_config
         self.width, self.dtype = model_config.get_hidden_size(), model_config.dtype
-        owner, self.blocks = find_blocks(model, text.num_hidden_layers)
-        here = [block for block in self.blocks.values() if "PPMissingLayer" not in type(block).__name__]
-        self.layout: Layout = find_layout(model.get_submodule(owner), here[0])
-        self.device = next(parameter.device for parameter in here[0].parameters())
-        self.classes = {name: type(block) for name, block in self.blocks.items()}
+        owner, blocks = find_blocks(model, text.num_hidden_layers)
+        self.names = set(blocks)
+        self.blocks = {name: block for name, block in blocks.items() if "PPMissingLayer" not in type(block).__name__}
+        here = next(iter(self.blocks.values()))
+        layout = find_layout(model.get_submodule(owner), here)
+        self.device = next(parameter.device for parameter in here.parameters())
+        self.places = {name: Place(self.device) for name in self.blocks}
+        self.classes = {name: (type(block), edited_class(type(block), layout)) for name, block in self.blocks.items()}
+        for name, block in self.blocks.items():
+            block.__dict__["_reft_place"] = self.places[name].tensor
+        # A model that is compiled is traced once, and so all its layers carry the operation. Otherwise only layers
+        # with something to edit do, for the step, and all other steps run the code that they run without the plugin.
+        self.traced = vllm_config.compilation_config.mode not in (None, CompilationMode.NONE)
+        if self.traced:
+            self._carry_operation(self.names)
         # Kept until vLLM removes the adapter by its id: vLLM's own cache drops adapters and reads them again from
         # their folders, which may have changed under the requests that run.
         self.adapters: dict[int, Adapter] = {}
         self.weights: dict[int, dict[str, EditWeights]] = {}
-        self._edited: set[str] = set()
+        self.edits = False
+        self._planned: dict[str, list[Job]] = {}
+        self._started: dict[str, list[Job]] = {}
+
+    def _carry_operation(self, names: set[str]) -> None:
+        for name, block in self.blocks.items():
+            block.__class__ = self.classes[name][name in names]  # type: ignore[assignment]
 
     def add(self, number: int, adapter: Adapter) -> None:
         """Add an adapter, or replace that of the same number.
@@ -51,10 +84,10 @@ class EditedModel:
         ready = {}
         for module, of_module in weights.items():
             name = self._name_here(module)
-            if name not in self.blocks:
+            if name not in self.names:
                 raise ValueError(
                     f"The ReFT adapter {adapter.folder!r} edits {module!r}, which is no decoder layer of "
-                    f"{type(self.model).__name__} ({', '.join(list(self.blocks)[:2])}, ... of {len(self.blocks)}). "
+                    f"{type(self.model).__name__} ({', '.join(sorted(self.names)[:2])}, ... of {len(self.names)}). "
                     "vLLM serves edits of decoder layers alone."
                 )
             width = of_module.R_QD.shape[-1]
@@ -80,33 +113,55 @@ class EditedModel:
         mapped = mapper.get_rename_mapper()._map_name(f"{module}.weight")
         return module if mapped is None else mapped.removesuffix(".weight")
 
-    def prepare(self, requests: list[tuple[int, Plan | None, int, int]]) -> None:
-        """Tell the layers what to edit in the next step.
+    def plan(self, requests: list[Request]) -> None:
+        """Find out what the next step edits.
 
         Args:
-            requests (`list`): For each request of the step, in the order of its tokens there: the number of its ReFT
-                adapter or 0, its plan, the position of its first token in the step, and how many it has there.
+            requests (`list[Request]`): The requests of the step, in the order of their tokens there.
 
         Raises:
             RuntimeError: when a request has an adapter and no plan, or one of another content of the adapter.
         """
-        jobs: dict[str, list[Job]] = {}
+        # Tokens of one adapter are edited together, whichever requests they belong to.
+        tokens: dict[int, list[tuple[Plan, np.ndarray, np.ndarray]]] = {}
         row = 0
         for number, plan, start, count in requests:
             if number and (plan is None or plan.end is None or start < plan.end):
-                adapter = self.adapters[number]
-                self._check(adapter, plan)
+                self._check(self.adapters[number], plan)
                 assert plan is not None
-                self._add_jobs(jobs, number, adapter, plan, row, start, count)
+                positions, groups = plan.within(start, start + count)
+                if len(positions):
+                    tokens.setdefault(number, []).append((plan, positions - start + row, groups))
             row += count
-        for name in self._edited - jobs.keys():
-            self.blocks[name].__class__ = self.classes[name]
-            self.blocks[name].__dict__.pop("_reft_jobs")
-        for name, of_block in jobs.items():
-            block = self.blocks[name]
-            block.__dict__.update(_reft_jobs=of_block, _reft_layout=self.layout)
-            block.__class__ = edited_class(self.classes[name])  # type: ignore
-        self._edited = set(jobs)
+        self._planned = {}
+        for number, of_requests in tokens.items():
+            edit, index_T = self.adapters[number].edit, self._on_device(np.concatenate([t[1] for t in of_requests]))
+            unused_TGR = self._unused(self.adapters[number], of_requests)
+            for name, weights in self.weights[number].items():
+                if name in self.blocks:
+                    self._planned.setdefault(name, []).append(Job(index_T, edit, weights, unused_TGR))
+        self.edits = bool(self._planned)
+
+    def start(self) -> None:
+        """Tell the layers what is planned. Without a plan since the last step, nothing is edited."""
+        if not self.traced and self._planned.keys() != self._started.keys():
+            self._carry_operation(set(self._planned))
+        for name in self._started.keys() | self._planned.keys():
+            self.places[name].start(self._planned.get(name, []))
+        self._started, self._planned, self.edits = self._planned, {}, bool(self._planned)
+
+    def finish(self) -> None:
+        """See that the model, which has run, made all edits.
+
+        Raises:
+            RuntimeError: when it did not.
+        """
+        missing = [name for name in self._started if not self.places[name].done]
+        if missing:
+            raise RuntimeError(
+                f"vLLM ran {type(self.model).__name__} without the edits of a ReFT adapter in {', '.join(missing)}. "
+                "Its answers would be wrong. Start the engine with --enforce-eager, and report this, please."
+            )
 
     @staticmethod
     def _check(adapter: Adapter, plan: Plan | None) -> None:
@@ -117,32 +172,30 @@ class EditedModel:
                 + ". Requests must go through LLM, LLMEngine or AsyncLLM."
             )
 
-    def _add_jobs(
-        self, jobs: dict[str, list[Job]], number: int, adapter: Adapter, plan: Plan, row: int, start: int, count: int
-    ) -> None:
-        positions, groups = plan.within(start, start + count)
-        if len(positions) == 0:
-            return
-        index_T = torch.from_numpy(positions - start + row).to(self.device)
-        unused_TGR = self._unused(adapter, plan, groups)
-        for name, weights in self.weights[number].items():
-            if "PPMissingLayer" not in self.classes[name].__name__:
-                jobs.setdefault(name, []).append(Job(index_T, adapter.edit, weights, unused_TGR))
+    def _on_device(self, values: np.ndarray) -> Tensor:
+        """Copy to the device without waiting for it."""
+        tensor = torch.from_numpy(values)
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def _unused(self, adapter: Adapter, plan: Plan, groups: np.ndarray) -> Tensor | None:
+    def _unused(
+        self, adapter: Adapter, of_requests: list[tuple[Plan, np.ndarray, np.ndarray]]
+    ) -> Tensor | None:
         """The directions in which each token is not edited: those of the other group and of unused subspaces."""
-        unused = None
-        if adapter.config.groups == 2:
-            own_T = torch.from_numpy(groups).to(self.device)
-            unused = (own_T[:, None] != torch.arange(2, device=self.device))[..., None]
-        if plan.directions is not None:
-            unused_1R = ~torch.tensor(plan.directions, device=self.device)[None, None]
-            unused = unused_1R.expand(len(groups), -1, -1) if unused is None else unused | unused_1R
-        return unused
+        narrowed = [plan.directions for plan, _, _ in of_requests if plan.directions is not None]
+        if adapter.config.groups == 1 and not narrowed:
+            return None
+        unused = []
+        for plan, _, groups in of_requests:
+            unused_TGR = (groups[:, None] != np.arange(adapter.config.groups))[..., None]
+            if narrowed:
+                used_R = np.array(plan.directions or [True] * len(narrowed[0]))
+                unused_TGR = unused_TGR | ~used_R
+            unused.append(unused_TGR)
+        return self._on_device(np.concatenate(unused))
 
 
-def requests_of(runner: Any, edited: EditedModel, counts: np.ndarray) -> list[tuple[int, Plan | None, int, int]]:
-    """The requests of a step of model runner V1, as `EditedModel.prepare` takes them.
+def requests_of(runner: Any, edited: EditedModel, counts: np.ndarray) -> list[Request]:
+    """The requests of a step of model runner V1, as `EditedModel.plan` takes them.
 
     Args:
         runner (`GPUModelRunner`): The runner.
@@ -150,10 +203,32 @@ def requests_of(runner: Any, edited: EditedModel, counts: np.ndarray) -> list[tu
         counts (`numpy.ndarray`): The number of tokens of each request in the step.
     """
     batch = runner.input_batch
-    requests = []
-    for index, (name, count) in enumerate(zip(itertools.islice(batch.req_ids, len(counts)), counts)):
-        number = int(batch.request_lora_mapping[index])
+    numbers = batch.request_lora_mapping[: len(counts)].tolist()
+    if edited.adapters.keys().isdisjoint(numbers):
+        return []
+    requests: list[Request] = []
+    for index, (name, number) in enumerate(zip(itertools.islice(batch.req_ids, len(counts)), numbers)):
         number = number if number in edited.adapters else 0
         plan = Plan.of(runner.requests[name].sampling_params) if number else None
-        requests.append((number, plan, int(batch.num_computed_tokens_cpu[index]), int(count)))
+        requests.append((number, plan, int(batch.num_computed_tokens_cpu[index]), int(counts[index])))
     return requests
+
+
+def requests_of_v2(runner: Any, edited: EditedModel, plans: dict[str, Plan], state: Any) -> list[Request]:
+    """The requests of a step of model runner V2, as `EditedModel.plan` takes them.
+
+    Args:
+        runner (`GPUModelRunner`): The runner.
+        edited (`EditedModel`): Its model.
+        plans (`dict[str, Plan]`): The plans of the requests that it has taken.
+        state (`BatchReqState`): The requests of the step.
+    """
+    indices = state.idx_mapping_np
+    numbers = runner.lora_state.lora_ids[indices].tolist()
+    if edited.adapters.keys().isdisjoint(numbers):
+        return []
+    starts = runner.req_states.num_computed_tokens_np[indices].tolist()
+    return [
+        (number if number in edited.adapters else 0, plans.get(name), start, count)
+        for name, number, start, count in zip(state.req_ids, numbers, starts, state.num_scheduled_tokens.tolist())
+    ]

@@ -287,14 +287,13 @@ def test_layers_are_as_without_the_plugin_in_steps_with_nothing_to_edit(
     from peft_reft.integrations.vllm.worker import EditedModel
 
     seen = []
-    prepare = EditedModel.prepare
+    finish = EditedModel.finish
 
-    def noted(self: EditedModel, requests: Any) -> None:
-        prepare(self, requests)
-        if requests:
-            seen.append([type(block) is not self.classes[name] for name, block in self.blocks.items()])
+    def noted(self: EditedModel) -> None:
+        finish(self)
+        seen.append([type(block) is not self.classes[name][0] for name, block in self.blocks.items()])
 
-    monkeypatch.setattr(EditedModel, "prepare", noted)
+    monkeypatch.setattr(EditedModel, "finish", noted)
     ask(server.engine, [(prompts_of([40])[0], server.requests["last"])], 4)
     assert seen == [[False, True, False], *[[False] * 3] * 3]  # the prefill, with an adapter of layer 1; decode steps
 
