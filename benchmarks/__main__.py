@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import platform
 import sys
+import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -342,6 +344,65 @@ def accuracy(
     print_table("accuracy", columns, lines)
     (out / "accuracy.json").write_text(json.dumps(rows, indent=1) + "\n")
     (out / "accuracy.md").write_text(markdown_table(columns, lines) + "\n")
+
+
+@app.command()
+def serve(
+    pairs: Pairs = 20,
+    out: Out = OUT,
+    threads: Threads = 1,
+    device: Device = "cpu",
+    size: Size = "deep",
+    requests: Annotated[list[int], typer.Option(help="requests at once; several times for several")] = [1, 8, 32],  # noqa: B006
+    length: Annotated[int, typer.Option(help="tokens of a prompt")] = 96,
+    tokens: Annotated[int, typer.Option(help="tokens of an answer")] = 16,
+    compiled: Annotated[bool, typer.Option(help="let vLLM compile the model; on a GPU")] = False,
+) -> None:
+    """Base, ReFT and LoRA requests in one engine of vLLM: processor time of prefill and decode. Needs the stack vllm."""
+    import torch
+
+    from .serving import KINDS, serve
+
+    torch.set_num_threads(threads)
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    setting = Setting(size=size, device=device, dtype=dtype, length=length)
+    with Session(out, threads) as session, tempfile.TemporaryDirectory() as folder:
+        served = serve(Path(folder), setting, max(requests), compiled)
+        found: dict[str, Any] = {}
+        rows = []
+        for count in requests:
+            prefill: dict[str, list[float]] = {kind: [] for kind in KINDS}
+            decode: dict[str, list[float]] = {kind: [] for kind in KINDS}
+
+            def run(kind: str, count: int = count, prefill: Any = prefill, decode: Any = decode) -> float:
+                first, later = served.round(kind, count, tokens)
+                prefill[kind].append(first)
+                decode[kind].append(later)
+                return first
+
+            _interleave({kind: partial(run, kind) for kind in KINDS}, pairs, f"{count} requests")
+            for kind in KINDS:
+                of_kind = {
+                    name: Ratio.of(seconds[kind][-pairs:], seconds["base"][-pairs:]).as_dict()
+                    for name, seconds in (("prefill", prefill), ("decode", decode))
+                }
+                found[f"{kind} {count}"] = of_kind
+                rows.append(
+                    [
+                        f"{count} {kind}",
+                        f"{count * length / of_kind['prefill']['seconds']:.0f}",
+                        ratio_text(of_kind["prefill"]),
+                        f"{count / of_kind['decode']['seconds']:.0f}",
+                        ratio_text(of_kind["decode"]),
+                    ]
+                )
+        session.results["serve"] = found
+        print_table(
+            f"tokens a second of processor time, prompts of {length}",
+            ["requests", "prefill", "its time to the base's", "decode", "its time to the base's"],
+            rows,
+        )
+        session.save(f"serve-{size}")
 
 
 @app.command()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
@@ -134,3 +137,23 @@ def ask(
         ids = list(output.outputs[0].token_ids)
         answers.append((ids, [step[index].logprob for step, index in zip(output.outputs[0].logprobs, ids)]))
     return answers
+
+
+@contextmanager
+def compiling(mode: Any) -> Iterator[dict[str, Any]]:
+    """Engines started in this block compile their model on a CPU. Gives the settings that they need."""
+    from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def check(cls: Any, vllm_config: Any) -> None:
+        original(cls, vllm_config)
+        compilation = vllm_config.compilation_config
+        compilation.mode, compilation.backend, compilation.compile_sizes = mode, "inductor", []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuPlatform, "check_and_update_config", classmethod(check))
+        # This pass is about vLLM's own kernels, and names some that its CPU build lacks.
+        patch.setattr(FixFunctionalizationPass, "__call__", lambda self, graph: None)
+        yield {"enforce_eager": False, "compilation_config": {"mode": mode}}
