@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
-from . import vllm_api
+from . import frontend_hooks, vllm_api
+from .vllm_api import wrap
 
 
 def register() -> None:
@@ -19,18 +19,10 @@ def register() -> None:
 
     if hasattr(kv_cache_utils.generate_block_hash_extra_keys, "_serves_reft"):
         return
-    _serve_in_frontend()
-    _serve_over_http()
+    frontend_hooks.serve_in_frontend()
+    frontend_hooks.serve_over_http()
     _serve_in_core()
     _serve_in_worker()
-
-
-def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
-    """Replace a function of a module or class by one that is made from it."""
-    original = getattr(owner, name)
-    wrapped = functools.wraps(original)(make(original))
-    wrapped._serves_reft = True  # type: ignore[attr-defined]
-    setattr(owner, name, wrapped)
 
 
 def _refuse_adapters(refusal: str) -> None:
@@ -52,132 +44,8 @@ def _refuse_adapters(refusal: str) -> None:
     PEFTHelper.from_local_dir = classmethod(from_local_dir)  # type: ignore[method-assign, assignment]
 
 
-def _serve_in_frontend() -> None:
-    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
-    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
-    from vllm.v1.engine import EngineCoreRequest
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.input_processor import InputProcessor
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    from . import frontend
-
-    def process_inputs(original: Callable) -> Callable:
-        def process(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-            request = original(self, request_id, prompt, params, *args, **kwargs)
-            frontend.add_plan(request, request.lora_request, self.vllm_config)
-            return request
-
-        return process
-
-    def to_load(engine: Any, prompt: Any, lora_request: Any) -> Any:
-        """The adapter of a request that the workers have not confirmed yet, with its fingerprint."""
-        if isinstance(prompt, EngineCoreRequest):
-            if frontend.folder_of(prompt.lora_request) is not None:
-                raise ValueError("A request to a ReFT adapter must be given as a prompt, not as EngineCoreRequest.")
-            return None
-        folder = frontend.folder_of(lora_request)
-        if folder is None:
-            return None
-        adapter = frontend.adapter_of(lora_request, folder, engine.vllm_config)
-        confirmed = engine.__dict__.setdefault("_reft_confirmed", set())
-        name = (lora_request.lora_int_id, adapter.fingerprint)
-        return None if name in confirmed else (confirmed, name)
-
-    # vLLM's workers load an adapter when its first step runs, where an error ends the engine. So a ReFT adapter is
-    # loaded before its first request is taken.
-    def add_request(original: Callable) -> Callable:
-        def add(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-            lora_request = kwargs.get("lora_request", args[1] if len(args) > 1 else None)
-            missing = to_load(self, prompt, lora_request)
-            if missing is not None:
-                self.add_lora(lora_request)
-                missing[0].add(missing[1])
-            return original(self, request_id, prompt, params, *args, **kwargs)
-
-        return add
-
-    def add_request_async(original: Callable) -> Callable:
-        async def add(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-            lora_request = kwargs.get("lora_request", args[1] if len(args) > 1 else None)
-            missing = to_load(self, prompt, lora_request)
-            if missing is not None:
-                await self.add_lora(lora_request)
-                missing[0].add(missing[1])
-            return await original(self, request_id, prompt, params, *args, **kwargs)
-
-        return add
-
-    def read(engine: Any, lora_request: Any) -> bool:
-        folder = frontend.folder_of(lora_request)
-        if folder is not None:
-            frontend.adapter_of(lora_request, folder, engine.vllm_config, anew=True)
-        return folder is not None
-
-    def add_lora(original: Callable) -> Callable:
-        def add(self: Any, lora_request: Any) -> Any:
-            if not read(self, lora_request):
-                return original(self, lora_request)
-            try:
-                return original(self, lora_request)
-            except Exception as error:
-                raise ValueError(str(error)) from error
-
-        return add
-
-    def add_lora_async(original: Callable) -> Callable:
-        async def add(self: Any, lora_request: Any) -> Any:
-            if not read(self, lora_request):
-                return await original(self, lora_request)
-            try:
-                return await original(self, lora_request)
-            except Exception as error:
-                raise ValueError(str(error)) from error
-
-        return add
-
-    def beam_search(original: Callable) -> Callable:
-        def search(self: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-            # lora_request is the third argument of LLM.beam_search, and the fourth over HTTP.
-            for given in (*args, kwargs.get("lora_request")):
-                if type(given).__name__ in ("LoRARequest", "list", "tuple"):
-                    frontend.refuse_beam_search(given)
-            return original(self, prompt, *args, **kwargs)
-
-        return search
-
-    _wrap(InputProcessor, "process_inputs", process_inputs)
-    _wrap(LLMEngine, "add_request", add_request)
-    _wrap(AsyncLLM, "add_request", add_request_async)
-    _wrap(LLMEngine, "add_lora", add_lora)
-    _wrap(AsyncLLM, "add_lora", add_lora_async)
-    _wrap(BeamSearchOfflineMixin, "beam_search", beam_search)
-    _wrap(BeamSearchOnlineMixin, "beam_search", beam_search)
-
-
-def _serve_over_http() -> None:
-    """A ReFT adapter that can't be loaded is the client's error, 400, where vLLM answers 500."""
-    try:
-        from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-    except ImportError:  # a worker of an installation without a server
-        return
-
-    def load_lora_adapter(original: Callable) -> Callable:
-        async def load(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-            from .adapters import is_reft
-
-            answer = await original(self, request, *args, **kwargs)
-            error = getattr(answer, "error", None)
-            if error is not None and error.code == 500 and is_reft(request.lora_path):
-                error.code, error.type = 400, "BadRequestError"
-            return answer
-
-        return load
-
-    _wrap(OpenAIServingModels, "load_lora_adapter", load_lora_adapter)
-
-
 def _serve_in_core() -> None:
+    from vllm.lora.utils import get_adapter_absolute_path
     from vllm.v1.core import block_pool, kv_cache_utils
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.simple_kv_offload import manager
@@ -199,27 +67,64 @@ def _serve_in_core() -> None:
 
         return generate
 
+    def users(core: Any, number: int) -> int:
+        """How many requests of the engine use the ReFT adapter of a number."""
+        return sum(
+            request.lora_request is not None
+            and request.lora_request.lora_int_id == number
+            and Plan.of(request.sampling_params) is not None
+            for request in core.scheduler.requests.values()
+        )
+
     def add_lora(original: Callable) -> Callable:
         def add(self: Any, lora_request: Any) -> Any:
-            if lora_request.load_inplace and is_reft(lora_request.lora_path):
-                users = [
-                    request.request_id
-                    for request in self.scheduler.requests.values()
-                    if request.lora_request is not None
-                    and request.lora_request.lora_int_id == lora_request.lora_int_id
-                ]
-                if users:
-                    raise ValueError(
-                        f"The ReFT adapter {lora_request.lora_name!r} can't be replaced while {len(users)} requests "
-                        "use it. Load it when they are done, or under another name."
-                    )
-            return original(self, lora_request)
+            number, name = lora_request.lora_int_id, lora_request.lora_name
+            if not is_reft(get_adapter_absolute_path(lora_request.lora_path)):
+                return original(self, lora_request)
+            kept = self.__dict__.setdefault("_reft_numbers", set())
+            if number not in kept and number in self.list_loras():
+                raise ValueError(
+                    f"lora_int_id {number} of the ReFT adapter {name!r} is that of a LoRA adapter. Give each adapter "
+                    "a number of its own."
+                )
+            count = users(self, number) if lora_request.load_inplace else 0
+            if count:
+                raise ValueError(
+                    f"The ReFT adapter {name!r} can't be replaced while {count} requests use it. Load it when they "
+                    "are done, or under another name."
+                )
+            self.__dict__.setdefault("_reft_to_remove", set()).discard(number)
+            remove_unused(self)
+            answer = original(self, lora_request)
+            kept.add(number)
+            return answer
 
         return add
 
+    def remove_unused(core: Any) -> None:
+        to_remove = core.__dict__.setdefault("_reft_to_remove", set())
+        for number in [number for number in to_remove if not users(core, number)]:
+            to_remove.remove(number)
+            core._reft_numbers.discard(number)
+            core.model_executor.remove_lora(number)
+
+    def remove_lora(original: Callable) -> Callable:
+        """Requests that use a ReFT adapter keep it until they are done; the next call here removes it then."""
+
+        def remove(self: Any, lora_id: int) -> Any:
+            remove_unused(self)
+            if users(self, lora_id):
+                self._reft_to_remove.add(lora_id)
+                return True
+            self.__dict__.setdefault("_reft_numbers", set()).discard(lora_id)
+            return original(self, lora_id)
+
+        return remove
+
     for module in (kv_cache_utils, block_pool, manager):
-        _wrap(module, "generate_block_hash_extra_keys", keys)
-    _wrap(EngineCore, "add_lora", add_lora)
+        wrap(module, "generate_block_hash_extra_keys", keys)
+    wrap(EngineCore, "add_lora", add_lora)
+    wrap(EngineCore, "remove_lora", remove_lora)
 
 
 def _serve_in_worker() -> None:
@@ -264,6 +169,14 @@ def _serve_in_worker() -> None:
 
         return load
 
+    def remove_lora(original: Callable) -> Callable:
+        def remove(self: Any, lora_id: int) -> Any:
+            if self.lora_manager._reft_model is not None:
+                self.lora_manager._reft_model.remove(lora_id)
+            return original(self, lora_id)
+
+        return remove
+
     def merge(original: Callable) -> Callable:
         def merged(self: Any, lora_model: Any) -> None:
             if lora_model.loras:  # a ReFT adapter has none
@@ -295,8 +208,9 @@ def _serve_in_worker() -> None:
 
         return set_active
 
-    _wrap(LoRAModelRunnerMixin, "load_lora_model", load_lora_model)
-    _wrap(LoRAModelRunnerMixin, "set_active_loras", set_active_loras)
-    _wrap(LoRAModelRunnerMixin, "_set_active_loras", set_mapping)
-    _wrap(WorkerLoRAManager, "_load_adapter", load_adapter)
-    _wrap(LoRAModelManager, "_create_merged_loras_inplace", merge)
+    wrap(LoRAModelRunnerMixin, "load_lora_model", load_lora_model)
+    wrap(LoRAModelRunnerMixin, "set_active_loras", set_active_loras)
+    wrap(LoRAModelRunnerMixin, "_set_active_loras", set_mapping)
+    wrap(LoRAModelRunnerMixin, "remove_lora", remove_lora)
+    wrap(WorkerLoRAManager, "_load_adapter", load_adapter)
+    wrap(LoRAModelManager, "_create_merged_loras_inplace", merge)
