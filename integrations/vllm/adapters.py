@@ -33,11 +33,26 @@ PEFT_PREFIX = "base_model.model."
 
 def is_reft(folder: str) -> bool:
     """Whether a folder holds a ReFT adapter. False where there is no readable config: vLLM then says what is wrong."""
+    return _fields(folder).get("peft_type") == "REFT"
+
+
+def base_of(folder: str) -> str | None:
+    """The base model that an adapter's config names."""
+    return _fields(folder).get("base_model_name_or_path")
+
+
+def _fields(folder: str) -> dict[str, Any]:
     try:
         with open(os.path.join(folder, CONFIG_NAME)) as file:
-            return json.load(file).get("peft_type") == "REFT"
-    except (OSError, ValueError, AttributeError):
-        return False
+            fields = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def has_config(folder: str) -> bool:
+    """Whether a folder holds an adapter of any kind."""
+    return os.path.isfile(os.path.join(folder, CONFIG_NAME))
 
 
 def stamp(folder: str) -> tuple[tuple[int, int], ...]:

@@ -6,33 +6,75 @@ each piece when it is registered. On any other version the plugin refuses ReFT a
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft_reft.tuner.versions import KNOWN_TO_WORK, installed, require, require_names
 
 
 PIECES = (
+    "vllm.config:VllmConfig.compute_hash",
     "vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin.beam_search",
     "vllm.entrypoints.generate.beam_search.online:BeamSearchOnlineMixin.beam_search",
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter",
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels.unload_lora_adapter",
+    "vllm.exceptions:VLLMClientError",
     "vllm.lora.lora_model:LoRAModel",
     "vllm.lora.model_manager:LoRAModelManager._create_merged_loras_inplace",
     "vllm.lora.peft_helper:PEFTHelper.from_local_dir",
     "vllm.lora.utils:get_adapter_absolute_path",
     "vllm.lora.worker_manager:WorkerLoRAManager._load_adapter",
+    "vllm.plugins.lora_resolvers.filesystem_resolver:FilesystemResolver._get_lora_req_from_path",
     "vllm.v1.core.block_pool:generate_block_hash_extra_keys",
     "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
     "vllm.v1.engine.async_llm:AsyncLLM.add_lora",
     "vllm.v1.engine.async_llm:AsyncLLM.add_request",
+    "vllm.v1.engine.async_llm:AsyncLLM.remove_lora",
     "vllm.v1.engine.core:EngineCore.add_lora",
+    "vllm.v1.engine.core:EngineCore.list_loras",
+    "vllm.v1.engine.core:EngineCore.remove_lora",
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
     "vllm.v1.engine.llm_engine:LLMEngine.add_lora",
     "vllm.v1.engine.llm_engine:LLMEngine.add_request",
+    "vllm.v1.engine.llm_engine:LLMEngine.remove_lora",
     "vllm.v1.simple_kv_offload.manager:generate_block_hash_extra_keys",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.add_requests",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.gather_batch_req_state",
+    "vllm.v1.worker.gpu.model_runner:dispatch_cg_and_sync_dp",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._determine_batch_execution_and_padding",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model",
     "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin._set_active_loras",
     "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.load_lora_model",
+    "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.remove_lora",
     "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.set_active_loras",
 )
+
+
+def wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
+    """Replace a function of a module or class by one that is made from it."""
+    original = getattr(owner, name)
+    wrapped = functools.wraps(original)(make(original))
+    wrapped._serves_reft = True  # type: ignore[attr-defined]
+    setattr(owner, name, wrapped)
+
+
+@contextmanager
+def as_client_errors(errors: type[Exception] = ValueError) -> Iterator[None]:
+    """Make errors of a type vLLM's client errors too: its server answers those with 400, and others with 500."""
+    from vllm.exceptions import VLLMClientError, VLLMError
+
+    class RefusedError(VLLMClientError, ValueError):
+        pass
+
+    try:
+        yield
+    except VLLMError:
+        raise
+    except errors as error:
+        raise RefusedError(str(error)) from error
 
 
 def distribution() -> str:
@@ -52,10 +94,24 @@ def refusal_of_version() -> str | None:
     try:
         require(name, *PIECES)
         from vllm.lora.worker_manager import WorkerLoRAManager
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner
         from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
         require_names(name, GPUModelRunner._prepare_inputs, "set_active_loras", "num_computed_tokens_cpu")
+        require_names(name, GPUModelRunner._determine_batch_execution_and_padding, "force_eager", "dispatch")
+        require_names(name, GPUModelRunner.execute_model, "_prepare_inputs", "_determine_batch_execution_and_padding")
+        require_names(
+            name,
+            GPUModelRunnerV2.execute_model,
+            "add_requests",
+            "gather_batch_req_state",
+            "dispatch_cg_and_sync_dp",
+            "need_eager",
+            "make_lora_inputs",
+            "_set_active_loras",
+        )
+        require_names(name, GPUModelRunnerV2.gather_batch_req_state, "num_scheduled_tokens", "idx_mapping_np")
         require_names(name, LoRAModelRunnerMixin.set_active_loras, "make_lora_inputs", "_set_active_loras")
         require_names(name, WorkerLoRAManager.add_adapter, "_load_adapter", "add_adapter")
     except RuntimeError as error:
