@@ -358,7 +358,7 @@ def serve(
     tokens: Annotated[int, typer.Option(help="tokens of an answer")] = 16,
     compiled: Annotated[bool, typer.Option(help="let vLLM compile the model; on a GPU")] = False,
 ) -> None:
-    """Base, ReFT and LoRA requests in one engine of vLLM: processor time of prefill and decode. Needs the stack vllm."""
+    """Base, ReFT and LoRA requests in one engine of vLLM: time of prefill and decode. Needs the stack vllm."""
     import torch
 
     from .serving import KINDS, serve

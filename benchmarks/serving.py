@@ -54,9 +54,7 @@ class Served:
         for prompt in prompts:
             self._made += 1
             params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-            engine.add_request(
-                str(self._made), {"prompt_token_ids": prompt}, params, lora_request=self.adapters[kind]
-            )
+            engine.add_request(str(self._made), {"prompt_token_ids": prompt}, params, lora_request=self.adapters[kind])
         engine.step()
         prefilled = time.process_time()
         steps = 0

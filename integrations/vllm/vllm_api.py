@@ -7,11 +7,12 @@ each piece when it is registered. On any other version the plugin refuses ReFT a
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft_reft.tuner.versions import KNOWN_TO_WORK, installed, require, require_names
+from peft_reft.tuner.versions import KNOWN_TO_WORK, gone, installed, require, require_names
 
 
 PIECES = (
@@ -94,24 +95,26 @@ def refusal_of_version() -> str | None:
     try:
         require(name, *PIECES)
         from vllm.lora.worker_manager import WorkerLoRAManager
-        from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
+        from vllm.v1.worker.gpu import model_runner as model_runner_v2
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner
         from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
         require_names(name, GPUModelRunner._prepare_inputs, "set_active_loras", "num_computed_tokens_cpu")
-        require_names(name, GPUModelRunner._determine_batch_execution_and_padding, "force_eager", "dispatch")
         require_names(name, GPUModelRunner.execute_model, "_prepare_inputs", "_determine_batch_execution_and_padding")
         require_names(
             name,
-            GPUModelRunnerV2.execute_model,
+            model_runner_v2.GPUModelRunner.execute_model,
             "add_requests",
             "gather_batch_req_state",
             "dispatch_cg_and_sync_dp",
-            "need_eager",
-            "make_lora_inputs",
             "_set_active_loras",
         )
-        require_names(name, GPUModelRunnerV2.gather_batch_req_state, "num_scheduled_tokens", "idx_mapping_np")
+        for function, parameter in (
+            (GPUModelRunner._determine_batch_execution_and_padding, "force_eager"),
+            (model_runner_v2.dispatch_cg_and_sync_dp, "need_eager"),
+        ):
+            if parameter not in inspect.signature(function).parameters:
+                return gone(name, f"{parameter!r} of {function.__qualname__}")
         require_names(name, LoRAModelRunnerMixin.set_active_loras, "make_lora_inputs", "_set_active_loras")
         require_names(name, WorkerLoRAManager.add_adapter, "_load_adapter", "add_adapter")
     except RuntimeError as error:
@@ -128,26 +131,45 @@ def refuse_settings(vllm_config: Any) -> None:
     Raises:
         ValueError: naming the option and the way out.
     """
-    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    from vllm.config import CompilationMode
+
+    parallel, cache, offload = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.offload_config
+    model, lora, speculative = vllm_config.model_config, vllm_config.lora_config, vllm_config.speculative_config
     for refused, option, way_out in (
-        (vllm_config.lora_config is None, "an engine without LoRA", "Start it with --enable-lora."),
+        (lora is None, "an engine without LoRA", "Start it with --enable-lora."),
         (
             vllm_config.use_v2_model_runner,
             "model runner V2",
             "Start the engine with VLLM_USE_V2_MODEL_RUNNER=0 in its environment.",
         ),
-        (parallel.use_ubatching, "--enable-dbo (microbatches)", "Leave it out."),
+        (
+            vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE,
+            "compilation mode STOCK_TORCH_COMPILE",
+            "Use VLLM_COMPILE, the default.",
+        ),
+        # The rows of a forward are then not the rows of the step.
+        (parallel.use_ubatching, "--enable-dbo or --ubatch-size (microbatches)", "Leave it out."),
         (parallel.prefill_context_parallel_size > 1, "--prefill-context-parallel-size", "Leave it out."),
         (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size", "Leave it out."),
         (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill", "Leave it out."),
+        (
+            speculative is not None and speculative.enable_adaptive_verification,
+            "enable_adaptive_verification in --speculative-config",
+            "Leave it out.",
+        ),
+        # These replace the forward of decoder layers.
+        (offload.uva.cpu_offload_gb > 0, "--cpu-offload-gb", "Leave it out."),
+        (offload.prefetch.offload_group_size > 0, "--offload-group-size", "Leave it out."),
+        (parallel.data_parallel_size > 1, "--data-parallel-size", "Start several engines."),
+        (vllm_config.diffusion_config is not None, "--diffusion-config", "Leave it out."),
         (vllm_config.kv_transfer_config is not None, "--kv-transfer-config", "Leave it out."),
         (
-            vllm_config.lora_config is not None and vllm_config.lora_config.enable_tower_connector_lora,
+            lora is not None and lora.enable_tower_connector_lora,
             "--enable-tower-connector-lora",
             "Leave it out.",
         ),
-        (vllm_config.model_config.is_encoder_decoder, "an encoder-decoder model", "Use transformers."),
-        (vllm_config.model_config.runner_type != "generate", "--runner other than generate", "Leave it out."),
+        (model.is_encoder_decoder, "an encoder-decoder model", "Use transformers."),
+        (model.runner_type != "generate", "--runner other than generate", "Leave it out."),
     ):
         if refused:
             raise ValueError(f"ReFT adapters are not supported with {option}. {way_out}")

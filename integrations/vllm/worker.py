@@ -177,9 +177,7 @@ class EditedModel:
         tensor = torch.from_numpy(values)
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def _unused(
-        self, adapter: Adapter, of_requests: list[tuple[Plan, np.ndarray, np.ndarray]]
-    ) -> Tensor | None:
+    def _unused(self, adapter: Adapter, of_requests: list[tuple[Plan, np.ndarray, np.ndarray]]) -> Tensor | None:
         """The directions in which each token is not edited: those of the other group and of unused subspaces."""
         narrowed = [plan.directions for plan, _, _ in of_requests if plan.directions is not None]
         if adapter.config.groups == 1 and not narrowed:

@@ -44,8 +44,8 @@ def serve_in_worker() -> None:
                 self.lora_manager._reft_refusal = str(error)
             except Exception as error:
                 self.lora_manager._reft_refusal = (
-                    f"ReFT adapters are not supported on {type(model).__name__}, which is not built as the models that "
-                    f"were tested: {type(error).__name__}: {error}"
+                    f"ReFT adapters are not supported on {type(model).__name__}, which is not built as the models "
+                    f"that were tested: {type(error).__name__}: {error}"
                 )
             return loaded
 

@@ -1,14 +1,12 @@
 """A compiled model in vLLM: every answer is compared with `generate` of the PEFT model, in float32.
 
 vLLM's CPU build compiles nothing as soon as it serves LoRA, so these tests switch that off. CUDA graphs need a GPU:
-tests/gpu/test_vllm.py.
+test_vllm_gpu.py.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
