@@ -86,9 +86,10 @@ def serve(folder: Path, setting: Setting, requests: int, compiled: bool) -> Serv
     model.save_pretrained(folders["base"])
     for kind in ("reft", "lora"):
         _save_adapter(model, kind, setting, folders[kind])
+    dtype: Any = setting.dtype
     engine = LLM(
         folders["base"],
-        dtype=setting.dtype,
+        dtype=dtype,
         skip_tokenizer_init=True,
         enable_lora=True,
         max_loras=2,

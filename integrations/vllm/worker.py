@@ -54,7 +54,8 @@ class EditedModel:
         layout = find_layout(model.get_submodule(owner), here)
         self.device = next(parameter.device for parameter in here.parameters())
         self.places = {name: Place(self.device) for name in self.blocks}
-        self.classes = {name: (type(block), edited_class(type(block), layout)) for name, block in self.blocks.items()}
+        classes: dict[str, Any] = {name: type(block) for name, block in self.blocks.items()}
+        self.classes = {name: (own, edited_class(own, layout)) for name, own in classes.items()}
         for name, block in self.blocks.items():
             block.__dict__["_reft_place"] = self.places[name].tensor
         # A model that is compiled is traced once, and so all its layers carry the operation. Otherwise only layers
@@ -72,7 +73,7 @@ class EditedModel:
 
     def _carry_operation(self, names: set[str]) -> None:
         for name, block in self.blocks.items():
-            block.__class__ = self.classes[name][name in names]  # type: ignore[assignment]
+            block.__class__ = self.classes[name][name in names]
 
     def add(self, number: int, adapter: Adapter) -> None:
         """Add an adapter, or replace that of the same number.
