@@ -5,7 +5,8 @@ asks when it runs whether the layer has something to edit in this step. A CUDA g
 it is recorded with nothing to edit, so it holds no kernel of the plugin. Steps with something to edit run outside of
 CUDA graphs (plugin.py), where the operation runs.
 
-Dimensions: F tokens of the step, T tokens to edit, G groups of weights, R rank, D width of the hidden state.
+Dimensions: F tokens of the step, T tokens to edit, Q directions of all groups of weights, D width of the hidden
+state.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_reft.tuner.interventions.apply import Edit, EditWeights, delta
+from peft_reft.tuner.interventions.apply import Edit, EditWeights, coefficients
 
 from .layers import Layout
 
@@ -33,13 +34,13 @@ class Job:
         index_T (`torch.LongTensor`): [T], the tokens to edit, as rows of the step.
         edit (`Edit`): The edit.
         weights (`EditWeights`): Its weights for the layer.
-        unused_TGR (`torch.BoolTensor`, *optional*): The directions in which a token is not edited.
+        unused_TQ (`torch.BoolTensor`, *optional*): [T, Q], the directions in which a token is not edited.
     """
 
     index_T: Tensor
     edit: Edit
     weights: EditWeights
-    unused_TGR: Tensor | None
+    unused_TQ: Tensor | None
 
 
 class Place:
@@ -79,15 +80,20 @@ def edit_in_place(hidden_FD: Tensor, residual_FD: Tensor | None, place: Tensor) 
     if here is None or here.done:
         return
     for job in here.jobs:
-        h_TD = hidden_FD.index_select(0, job.index_T)
+        index_T, weights = job.index_T, job.weights
+        h_TD = hidden_FD.index_select(0, index_T)
         if residual_FD is not None:
-            h_TD += residual_FD.index_select(0, job.index_T)
-        h_TD += delta(h_TD, job.edit, job.weights, job.unused_TGR)
+            h_TD += residual_FD.index_select(0, index_T)
+        wide_TD = h_TD.to(weights.R_QD.dtype)
+        c_TQ = coefficients(job.edit, wide_TD, weights)
+        if job.unused_TQ is not None:
+            c_TQ = c_TQ.masked_fill(job.unused_TQ, 0.0)
+        edited_TD = torch.addmm(wide_TD, c_TQ, weights.R_QD).to(h_TD.dtype)
         if residual_FD is None:
-            hidden_FD.index_copy_(0, job.index_T, h_TD)
+            hidden_FD.index_copy_(0, index_T, edited_TD)
         else:
-            residual_FD.index_copy_(0, job.index_T, h_TD)
-            hidden_FD.index_fill_(0, job.index_T, 0)  # the state that the next norm reads is hidden + residual
+            residual_FD.index_copy_(0, index_T, edited_TD)
+            hidden_FD.index_fill_(0, index_T, 0)  # the state that the next norm reads is hidden + residual
     here.done = True
 
 
@@ -98,19 +104,25 @@ _library._register_fake("edit_in_place", lambda hidden, residual, place: None)
 
 
 @functools.cache
-def edited_class(block_class: type[nn.Module], layout: Layout) -> type[nn.Module]:
+def edited_class(block_class: type[nn.Module], layout: Layout, traced: bool) -> type[nn.Module]:
     """A subclass of a decoder layer's class whose output is edited.
 
     Where the layer does not return what the layout says, nothing is edited, and `EditedModel.finish` finds that out.
+
+    Args:
+        block_class (`type`): The layer's class.
+        layout (`str`): What the layer returns.
+        traced (`bool`): Whether a compiler traces the model, and so must see an operation of torch.
     """
+    edit = torch.ops.peft_reft.edit_in_place.default if traced else edit_in_place
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         returned = block_class.forward(self, *args, **kwargs)
         if layout == "alone" and isinstance(returned, Tensor):
-            torch.ops.peft_reft.edit_in_place(returned, None, self._reft_place)
+            edit(returned, None, self._reft_place)
         elif layout != "alone" and isinstance(returned, tuple) and len(returned) == 2:
             hidden, residual = returned
-            torch.ops.peft_reft.edit_in_place(hidden, residual if layout == "sum" else None, self._reft_place)
+            edit(hidden, residual if layout == "sum" else None, self._reft_place)
         return returned
 
     return type(block_class.__name__, (block_class,), {"forward": forward, "__module__": block_class.__module__})

@@ -6,6 +6,7 @@ makes prefix cache keys of it, and to the workers, which edit by it. So all proc
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,10 +92,23 @@ def make_plan(fingerprint: str, rules: Rules, prompt: list[int], subspaces: Any)
         directions = used_directions(subspaces, dict(rules.subspaces), 1, torch.device("cpu"))[0].tolist()
     if rules.spec.all_tokens:
         return Plan(fingerprint, None, directions)
+    if rules.template is None:
+        return Plan(fingerprint, _tokens_of_length(rules, len(prompt)), directions)
+    return Plan(fingerprint, _tokens(rules, prompt), directions)
+
+
+def _tokens(rules: Rules, prompt: list[int]) -> list[list[int]]:
     ids = torch.tensor([prompt], dtype=torch.long)
     batch = Batch((1, len(prompt)), ids.device, input_ids=ids)
     selected = select_tokens(rules, batch, training=False)
     edited = selected.first_BS[0] | selected.last_BS[0]
-    group = selected.last_BS[0].long() if rules.groups == 2 else torch.zeros_like(ids[0])
-    tokens = [[int(p), int(group[p])] for p in edited.nonzero().flatten()]
-    return Plan(fingerprint, tokens, directions)
+    positions = edited.nonzero().flatten()
+    groups = selected.last_BS[0][positions].long() if rules.groups == 2 else torch.zeros_like(positions)
+    return torch.stack([positions, groups], dim=1).tolist()
+
+
+@functools.lru_cache(maxsize=4096)
+def _tokens_of_length(rules: Rules, length: int) -> list[list[int]]:
+    """The tokens to edit where no template says where answers begin: then all of a request is prompt, whatever its
+    tokens are. Callers do not change the list."""
+    return _tokens(rules, [0] * length)

@@ -54,13 +54,13 @@ class EditedModel:
         layout = find_layout(model.get_submodule(owner), here)
         self.device = next(parameter.device for parameter in here.parameters())
         self.places = {name: Place(self.device) for name in self.blocks}
-        classes: dict[str, Any] = {name: type(block) for name, block in self.blocks.items()}
-        self.classes = {name: (own, edited_class(own, layout)) for name, own in classes.items()}
-        for name, block in self.blocks.items():
-            block.__dict__["_reft_place"] = self.places[name].tensor
         # A model that is compiled is traced once, and so all its layers carry the operation. Otherwise only layers
         # with something to edit do, for the step, and all other steps run the code that they run without the plugin.
         self.traced = vllm_config.compilation_config.mode not in (None, CompilationMode.NONE)
+        classes: dict[str, Any] = {name: type(block) for name, block in self.blocks.items()}
+        self.classes = {name: (own, edited_class(own, layout, self.traced)) for name, own in classes.items()}
+        for name, block in self.blocks.items():
+            block.__dict__["_reft_place"] = self.places[name].tensor
         if self.traced:
             self._carry_operation(self.names)
         # Kept until vLLM removes the adapter by its id: vLLM's own cache drops adapters and reads them again from
@@ -72,8 +72,8 @@ class EditedModel:
         self._started: dict[str, list[Job]] = {}
 
     def _carry_operation(self, names: set[str]) -> None:
-        for name, block in self.blocks.items():
-            block.__class__ = self.classes[name][name in names]
+        for name, block in self.blocks.items():  # not by nn.Module's own __setattr__, which is slow
+            object.__setattr__(block, "__class__", self.classes[name][name in names])
 
     def add(self, number: int, adapter: Adapter) -> None:
         """Add an adapter, or replace that of the same number.
@@ -136,11 +136,16 @@ class EditedModel:
             row += count
         self._planned = {}
         for number, of_requests in tokens.items():
-            edit, index_T = self.adapters[number].edit, self._on_device(np.concatenate([t[1] for t in of_requests]))
-            unused_TGR = self._unused(self.adapters[number], of_requests)
+            adapter = self.adapters[number]
+            edit, index_T = adapter.edit, self._on_device(np.concatenate([rows for _, rows, _ in of_requests]))
+            unused_of: dict[int, Tensor | None] = {}  # Q of a layer -> its mask
             for name, weights in self.weights[number].items():
                 if name in self.blocks:
-                    self._planned.setdefault(name, []).append(Job(index_T, edit, weights, unused_TGR))
+                    directions = len(weights.R_QD)
+                    if directions not in unused_of:
+                        unused_of[directions] = self._unused(adapter, of_requests, directions)
+                    job = Job(index_T, edit, weights, unused_of[directions])
+                    self._planned.setdefault(name, []).append(job)
         self.edits = bool(self._planned)
 
     def start(self) -> None:
@@ -178,18 +183,22 @@ class EditedModel:
         tensor = torch.from_numpy(values)
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def _unused(self, adapter: Adapter, of_requests: list[tuple[Plan, np.ndarray, np.ndarray]]) -> Tensor | None:
-        """The directions in which each token is not edited: those of the other group and of unused subspaces."""
-        narrowed = [plan.directions for plan, _, _ in of_requests if plan.directions is not None]
-        if adapter.config.groups == 1 and not narrowed:
+    def _unused(
+        self, adapter: Adapter, of_requests: list[tuple[Plan, np.ndarray, np.ndarray]], directions: int
+    ) -> Tensor | None:
+        """[T, Q], the directions in which each token is not edited: those of the other group of weights, which lie side
+        by side as in EditWeights, and those of unused subspaces."""
+        groups = adapter.config.groups
+        narrowed = any(plan.directions is not None for plan, _, _ in of_requests)
+        if groups == 1 and not narrowed:
             return None
+        rank = directions // groups
         unused = []
-        for plan, _, groups in of_requests:
-            unused_TGR = (groups[:, None] != np.arange(adapter.config.groups))[..., None]
-            if narrowed:
-                used_R = np.array(plan.directions or [True] * len(narrowed[0]))
-                unused_TGR = unused_TGR | ~used_R
-            unused.append(unused_TGR)
+        for plan, rows, group_T in of_requests:
+            unused_TGR = np.repeat((group_T[:, None] != np.arange(groups))[..., None], rank, axis=-1)
+            if plan.directions is not None:
+                unused_TGR |= ~np.array(plan.directions)
+            unused.append(unused_TGR.reshape(len(rows), directions))
         return self._on_device(np.concatenate(unused))
 
 
