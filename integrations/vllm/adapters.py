@@ -32,7 +32,11 @@ PEFT_PREFIX = "base_model.model."
 
 
 def is_reft(folder: str) -> bool:
-    """Whether a folder holds a ReFT adapter. False where there is no readable config: vLLM then says what is wrong."""
+    """Whether a folder holds a ReFT adapter. False where it holds no config of an adapter.
+
+    Raises:
+        ValueError: when the config can't be read.
+    """
     return _fields(folder).get("peft_type") == "REFT"
 
 
@@ -42,12 +46,14 @@ def base_of(folder: str) -> str | None:
 
 
 def _fields(folder: str) -> dict[str, Any]:
-    try:
-        with open(os.path.join(folder, CONFIG_NAME)) as file:
-            fields = json.load(file)
-    except (OSError, ValueError):
+    if not has_config(folder):
         return {}
-    return fields if isinstance(fields, dict) else {}
+    path = os.path.join(folder, CONFIG_NAME)
+    try:
+        with open(path) as file:
+            return dict(json.load(file))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{CONFIG_NAME} can't be read: {error} ({path})") from error
 
 
 def has_config(folder: str) -> bool:

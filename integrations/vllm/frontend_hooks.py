@@ -144,12 +144,18 @@ def serve_over_http() -> None:
     from . import adapters
     from .frontend import Frontend, without_load_inplace
 
+    def is_readable_lora(folder: str) -> bool:
+        try:
+            return not adapters.is_reft(folder)
+        except ValueError:
+            return False
+
     def load_lora_adapter(original: Callable) -> Callable:
         async def load(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
             answer = await original(self, request, *args, **kwargs)
             error = getattr(answer, "error", None)
             if error is not None and error.code == 500:
-                if adapters.is_reft(get_adapter_absolute_path(request.lora_path)):
+                if not is_readable_lora(get_adapter_absolute_path(request.lora_path)):
                     error.code, error.type = 400, "BadRequestError"
                     error.message = f"{request.lora_name!r} was not loaded. {error.message}"
             elif error is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from peft_reft import ReftConfig
 
@@ -53,6 +56,69 @@ def save_adapter(base: str, folder: Path, seed: int = 1, **fields: Any) -> str:
                 parameter.copy_(torch.randn_like(parameter))
     adapted.save_pretrained(folder)
     return str(folder)
+
+
+def save_lora(base: str, folder: Path, rank: int = 4) -> str:
+    """Save a random LoRA adapter of a saved model, on attention and MLP."""
+    torch.manual_seed(7)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapted = get_peft_model(model, LoraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn_like(parameter) / 10)
+    adapted.save_pretrained(folder)
+    return str(folder)
+
+
+BROKEN = [
+    "missing folder",
+    "truncated",
+    "truncated config",
+    "NaN",
+    "rank",
+    "no block",
+    "another model",
+    "more layers",
+    "unknown edit",
+    "modules_to_save",
+]
+
+
+def break_adapter(base: str, good: str, folder: Path, what: str) -> tuple[Path, str]:
+    """A folder with something wrong, and words of the error."""
+    if what == "missing folder":
+        return folder / "nowhere", "No adapter found"
+    shutil.copytree(good, folder, dirs_exist_ok=True)
+    config_path, weights_path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config, weights = json.loads(config_path.read_text()), load_file(weights_path)
+    words = what
+    if what == "truncated":
+        weights_path.write_bytes(weights_path.read_bytes()[:-100])
+        return folder, "adapter_model.safetensors"
+    if what == "truncated config":
+        config_path.write_bytes(config_path.read_bytes()[:-100])
+        return folder, "adapter_config.json"
+    if what == "NaN":
+        next(iter(weights.values()))[0] = float("nan")
+    elif what == "rank":
+        return Path(save_adapter(base, folder / "rank", r=16)), "--max-lora-rank"
+    elif what == "no block":
+        return Path(save_adapter(base, folder / "mlp", target_modules=["mlp"])), "mlp"
+    elif what == "another model":
+        other = save_model(folder / "other", hidden_size=96)
+        return Path(save_adapter(other, folder / "adapter")), "width 96"
+    elif what == "more layers":
+        other = save_model(folder / "other", num_hidden_layers=5)
+        return Path(save_adapter(other, folder / "adapter")), "layers.3"
+    elif what == "unknown edit":
+        config["intervention"], words = "superreft", "superreft"
+    elif what == "modules_to_save":
+        config["modules_to_save"] = ["lm_head"]
+    config_path.write_text(json.dumps(config))
+    save_file(weights, weights_path)
+    return folder, words
 
 
 def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:

@@ -3,9 +3,7 @@ answer is the greedy tokens with the log-probability of each."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,7 @@ import torch
 pytest.importorskip("vllm")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
-from safetensors.torch import load_file, save_file
-from served import Reference, ask, prompts_of, save_adapter, save_model, start
+from served import BROKEN, Reference, ask, break_adapter, prompts_of, save_adapter, save_model, start
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
@@ -187,44 +184,9 @@ def test_blocks_are_shared_wherever_nothing_differs(server: Server) -> None:
 # -- bad input -------------------------------------------------------------------------------------------------------
 
 
-def broken(server: Server, folder: Path, what: str) -> tuple[Path, str]:
-    """A folder with something wrong, and words of the error."""
-    if what == "missing folder":
-        return folder / "nowhere", "nowhere"
-    shutil.copytree(server.folders["loreft"], folder, dirs_exist_ok=True)
-    config_path, weights_path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    config, weights = json.loads(config_path.read_text()), load_file(weights_path)
-    words = what
-    if what == "truncated":
-        weights_path.write_bytes(weights_path.read_bytes()[:-100])
-        return folder, "adapter_model.safetensors"
-    if what == "NaN":
-        next(iter(weights.values()))[0] = float("nan")
-    elif what == "rank":
-        return Path(save_adapter(server.base, folder / "rank", r=16)), "--max-lora-rank"
-    elif what == "no block":
-        return Path(save_adapter(server.base, folder / "mlp", target_modules=["mlp"])), "mlp"
-    elif what == "another model":
-        other = save_model(folder / "other", hidden_size=96)
-        return Path(save_adapter(other, folder / "adapter")), "width 96"
-    elif what == "more layers":
-        other = save_model(folder / "other", num_hidden_layers=5)
-        return Path(save_adapter(other, folder / "adapter")), "layers.3"
-    elif what == "unknown edit":
-        config["intervention"], words = "superreft", "superreft"
-    elif what == "modules_to_save":
-        config["modules_to_save"] = ["lm_head"]
-    config_path.write_text(json.dumps(config))
-    save_file(weights, weights_path)
-    return folder, words
-
-
-BROKEN = ["truncated", "NaN", "rank", "no block", "another model", "more layers", "unknown edit", "modules_to_save"]
-
-
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_bad_adapter_is_refused_and_the_engine_goes_on(server: Server, tmp_path: Path, what: str) -> None:
-    folder, words = broken(server, tmp_path, what)
+    folder, words = break_adapter(server.base, server.folders["loreft"], tmp_path, what)
     bad = LoRARequest("bad", 100 + BROKEN.index(what), str(folder))
     prompts = prompts_of([40])
     with pytest.raises(ValueError, match=words):
