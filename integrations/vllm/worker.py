@@ -186,8 +186,8 @@ class EditedModel:
     def _unused(
         self, adapter: Adapter, of_requests: list[tuple[Plan, np.ndarray, np.ndarray]], directions: int
     ) -> Tensor | None:
-        """[T, Q], the directions in which each token is not edited: those of the other group of weights, which lie side
-        by side as in EditWeights, and those of unused subspaces."""
+        """[T, Q], the directions in which each token is not edited: those of the other group of weights, which lie
+        side by side as in EditWeights, and those of unused subspaces."""
         groups = adapter.config.groups
         narrowed = any(plan.directions is not None for plan, _, _ in of_requests)
         if groups == 1 and not narrowed:

@@ -6,6 +6,7 @@ test_vllm_gpu.py.
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ def test_a_batch_of_a_compiled_model_twice(tmp_path: Path, cache: Path, mode: st
             server.check(asked)
         server.check([(prompt, name) for prompt in prompts_of([3, 40, 101]) for name in (None, "all", "loreft")])
         if mode == "VLLM_COMPILE":  # an engine that finds the compiled code in vLLM's cache
+            del server.engine  # one engine at a time in a process
+            gc.collect()
             server.engine = start(server.base, **settings)
             assert edited(server).model.model.was_aot_compile_fn_loaded_from_disk
             server.check(asked)
