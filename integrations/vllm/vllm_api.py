@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from peft_reft.tuner.versions import KNOWN_TO_WORK, gone, installed, require, require_names
 
 
+UNTESTED = "PEFT_REFT_VLLM_UNTESTED"  # in the environment: whether to run what was never tested
 PIECES = (
     "vllm.config:VllmConfig.compute_hash",
     "vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin.beam_search",
@@ -133,14 +135,26 @@ def refuse_settings(vllm_config: Any) -> None:
     """
     from vllm.config import CompilationMode
 
+    run_untested = os.environ.get(UNTESTED) == "1"
     parallel, cache, offload = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.offload_config
     model, lora, speculative = vllm_config.model_config, vllm_config.lora_config, vllm_config.speculative_config
     for refused, option, way_out in (
         (lora is None, "an engine without LoRA", "Start it with --enable-lora."),
+        # The plugin has code for these three that nobody has run.
         (
-            vllm_config.use_v2_model_runner,
+            vllm_config.use_v2_model_runner and not run_untested,
             "model runner V2",
-            "Start the engine with VLLM_USE_V2_MODEL_RUNNER=0 in its environment.",
+            f"Start the engine with VLLM_USE_V2_MODEL_RUNNER=0 in its environment, or with {UNTESTED}=1 to try it.",
+        ),
+        (
+            parallel.tensor_parallel_size > 1 and not run_untested,
+            "--tensor-parallel-size",
+            f"Leave it out, or start the engine with {UNTESTED}=1 in its environment to try it.",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1 and not run_untested,
+            "--pipeline-parallel-size",
+            f"Leave it out, or start the engine with {UNTESTED}=1 in its environment to try it.",
         ),
         (
             vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE,
