@@ -80,7 +80,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
         "commands",
         "extras",
     ),
-    "integrations": ("axolotl/", "lm_eval"),
+    "integrations": ("axolotl/", "lm_eval", "vllm/"),
 }
 # What a folder is for, in a line.
 PURPOSES = {
@@ -92,7 +92,7 @@ PURPOSES = {
     "tools": "around training",
     "conversion": "checkpoints of peers",
     "evaluation": "the paper's tasks",
-    "integrations": "training frameworks",
+    "integrations": "training and serving",
 }
 # What a forward does, and in which folder. The last three happen in every layer.
 ROAD = (
