@@ -54,6 +54,8 @@ def served(args: argparse.Namespace) -> Iterator[OpenAI]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--host", "127.0.0.1", "--port", str(args.port), "--model", str(args.base)]
     command += ["--served-model-name", "base", "--max-model-len", "1024", "--dtype", "float32", "--enforce-eager"]
+    # vLLM would take most of the memory for its cache, on a CPU too.
+    command += ["--kv-cache-memory-bytes", str(2**30)]
     command += ["--enable-lora", "--lora-modules", f"reft={args.adapter}"]
     args.log.parent.mkdir(parents=True, exist_ok=True)
     with args.log.open("w") as log:
