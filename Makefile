@@ -66,7 +66,7 @@ quickstart: env  ## train LoReFT on a dozen examples, and show answers before an
 
 test: lint  ## check the code, then run the tests on STACK (TESTS=stack: those that can differ between stacks)
 	@echo "== pytest, stack $(STACK) on Python $(SERIES), $(TESTS) tests"
-	@OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" pytest -n $(CORES) --dist worksteal $(if $(filter vllm,$(STACK)),$(VLLM_TESTS),$(if $(filter stack,$(TESTS)),$(STACK_TESTS))) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" pytest -n $(CORES) --dist $(if $(filter vllm,$(STACK)),loadfile,worksteal) $(if $(filter vllm,$(STACK)),$(VLLM_TESTS),$(if $(filter stack,$(TESTS)),$(STACK_TESTS))) $(PYTEST_ARGS)
 
 canary:  ## run the central tests on the newest release of everything, unpinned, and say which one breaks them (CANARY_PRE=1: pre-releases)
 	@$(PYTHON) scripts/canary.py --workers $(CORES) $(if $(CANARY_PRE),--pre) $(CANARY_TESTS)
