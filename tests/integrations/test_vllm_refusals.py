@@ -73,11 +73,12 @@ def test_a_hook_that_differs_is_refused_by_name(monkeypatch: pytest.MonkeyPatch,
 class Norm(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self.weight, self.kind = nn.Parameter(torch.ones(8)), kind
+        self.weight, self.kind = nn.Parameter(torch.ones(64)), kind
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        x, residual, dtype = x.float(), residual.float(), x.dtype  # as kernels do, which round at the end
         state = {"sum": x + residual, "first": x, "difference": x - residual}[self.kind]
-        return state / state.norm(dim=-1, keepdim=True), state
+        return (state / state.norm(dim=-1, keepdim=True) * 8 * self.weight).to(dtype), state.to(dtype)
 
 
 class Pair(nn.Module):
@@ -130,8 +131,10 @@ class Other(Owner):
 @pytest.mark.parametrize(
     ("block", "norm", "layout"), [(Pair, "sum", "sum"), (Pair, "first", "first"), (Alone, "sum", "alone")]
 )
-def test_what_a_known_layer_returns(block: type[nn.Module], norm: str, layout: str) -> None:
-    owner = Owner(block, norm)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_a_known_layer_returns(block: type[nn.Module], norm: str, layout: str, dtype: torch.dtype) -> None:
+    owner = Owner(block, norm).to(dtype)
+    owner.norm.weight.data = torch.linspace(0.1, 20, 64, dtype=dtype)  # large weights make rounding large, too
     assert find_layout(owner, owner.layers[0]) == layout
 
 
