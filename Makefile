@@ -13,7 +13,7 @@ STACK_TESTS = $(call tests_named,axolotl axolotl_examples axolotl_versions recip
 	positions prompts auto_template templates properties generation reused_caches transformers_api trainer trl peft loading \
 	checkpointing mixed_batches quantized transformers)
 # vLLM pins libraries of its own: there, what it serves is tested alone.
-VLLM_TESTS = tests/integrations/test_vllm.py
+VLLM_TESTS = $(call tests_named,vllm vllm_compiled vllm_settings vllm_gpu vllm_http vllm_refusals vllm_examples)
 CANARY_TESTS = $(call tests_named,positions properties generation trainer *_api)
 BENCH_ARGS ?=
 # A folder for each stack and each Python, so that another interpreter leaves an environment alone.
@@ -66,7 +66,7 @@ quickstart: env  ## train LoReFT on a dozen examples, and show answers before an
 
 test: lint  ## check the code, then run the tests on STACK (TESTS=stack: those that can differ between stacks)
 	@echo "== pytest, stack $(STACK) on Python $(SERIES), $(TESTS) tests"
-	@OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" pytest -n $(CORES) --dist worksteal $(if $(filter vllm,$(STACK)),$(VLLM_TESTS),$(if $(filter stack,$(TESTS)),$(STACK_TESTS))) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" pytest -n $(CORES) --dist $(if $(filter vllm,$(STACK)),loadfile,worksteal) $(if $(filter vllm,$(STACK)),$(VLLM_TESTS),$(if $(filter stack,$(TESTS)),$(STACK_TESTS))) $(PYTEST_ARGS)
 
 canary:  ## run the central tests on the newest release of everything, unpinned, and say which one breaks them (CANARY_PRE=1: pre-releases)
 	@$(PYTHON) scripts/canary.py --workers $(CORES) $(if $(CANARY_PRE),--pre) $(CANARY_TESTS)

@@ -145,11 +145,13 @@ class Frontend:
         """Whether a LoRARequest names a ReFT adapter that the engine has not loaded yet, or shall load anew.
 
         Raises:
-            ValueError: see `known`.
+            ValueError: see `known`; or there is no adapter: a worker would learn that in a step, and end the engine.
         """
         if lora_request is None:
             return False
         folder = self.folder_of(lora_request)
+        if (lora_request.lora_int_id, lora_request.lora_path) not in self._folders:
+            raise ValueError(f"No adapter found for {lora_request.lora_name!r} in {lora_request.lora_path!r}.")
         if folder is not None and lora_request.load_inplace:
             return True
         return self.known(lora_request, folder) is None and folder is not None

@@ -78,9 +78,10 @@ def find_layout(owner: nn.Module, block: nn.Module) -> Layout:
         raise _unknown(block, f"{type(owner).__name__}.forward does not pass the pair to its final norm")
     with torch.inference_mode():
         of_pair, of_sum, of_first = (
-            _first(norm(x.clone(), y.clone())) for x, y in ((a, b), (a + b, b * 0), (a, b * 0))
+            _first(norm(x.clone(), y.clone())).float() for x, y in ((a, b), (a + b, b * 0), (a, b * 0))
         )
-    is_sum, is_first = torch.allclose(of_pair, of_sum, atol=1e-2), torch.allclose(of_pair, of_first, atol=1e-2)
+    # Of random states, the wrong reading is off by about its own size, and the right one by rounding: 1 % in bfloat16.
+    is_sum, is_first = ((of_pair - read).norm() < 0.05 * of_pair.norm() for read in (of_sum, of_first))
     if is_sum == is_first:
         raise _unknown(block, "its final norm neither adds up the pair nor reads its first element alone")
     return "sum" if is_sum else "first"

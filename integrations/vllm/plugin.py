@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from . import frontend_hooks, vllm_api, worker_hooks
+from .adapters import is_reft
 from .vllm_api import wrap
 
 
@@ -26,22 +28,37 @@ def register() -> None:
 
 
 def _refuse_adapters(refusal: str) -> None:
-    """On a version that was not tested: ReFT adapters are refused where vLLM reads an adapter's config."""
+    """On a version that was not tested: ReFT adapters are refused where vLLM takes a request, which leaves the engine
+    as it was, and where it reads an adapter's config. LoRA and the base are served as always."""
+    try:
+        from vllm.v1.engine.input_processor import InputProcessor
+
+        process_inputs = InputProcessor.process_inputs
+    except (ImportError, AttributeError):
+        pass
+    else:
+
+        @functools.wraps(process_inputs)
+        def process(self: Any, *args: Any, **kwargs: Any) -> Any:
+            for given in (*args, *kwargs.values()):
+                if type(given).__name__ == "LoRARequest" and is_reft(given.lora_path):
+                    raise ValueError(f"{given.lora_name!r}: {refusal}")
+            return process_inputs(self, *args, **kwargs)
+
+        setattr(InputProcessor, "process_inputs", process)  # noqa: B010  (mypy allows no assignment)
     try:
         from vllm.lora.peft_helper import PEFTHelper
 
-        original = PEFTHelper.from_local_dir.__func__  # type: ignore[attr-defined]
-    except (ImportError, AttributeError):
+        original = vars(PEFTHelper)["from_local_dir"].__func__
+    except (ImportError, KeyError):
         return  # vLLM refuses the config by itself: it lacks LoRA's fields
 
     def from_local_dir(cls: Any, lora_path: str, *args: Any, **kwargs: Any) -> Any:
-        from .adapters import is_reft
-
         if is_reft(lora_path):
             raise ValueError(refusal)
         return original(cls, lora_path, *args, **kwargs)
 
-    PEFTHelper.from_local_dir = classmethod(from_local_dir)  # type: ignore[method-assign, assignment]
+    setattr(PEFTHelper, "from_local_dir", classmethod(from_local_dir))  # noqa: B010
 
 
 def _serve_in_core() -> None:
@@ -50,7 +67,6 @@ def _serve_in_core() -> None:
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.simple_kv_offload import manager
 
-    from .adapters import is_reft
     from .plans import Plan
 
     def keys(original: Callable) -> Callable:

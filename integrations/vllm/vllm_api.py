@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft_reft.tuner.versions import KNOWN_TO_WORK, gone, installed, require, require_names
+from peft_reft.tuner.versions import KNOWN_TO_WORK, gone, installed, require, require_names, require_parameters
 
 
 UNTESTED = "PEFT_REFT_VLLM_UNTESTED"  # in the environment: whether to run what was never tested
@@ -54,6 +54,30 @@ PIECES = (
     "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.remove_lora",
     "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.set_active_loras",
 )
+# The first parameters of what the plugin replaces or calls. Other versions may put others before them.
+PARAMETERS = {
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter": "self request",
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels.unload_lora_adapter": "self request",
+    "vllm.lora.model_manager:LoRAModelManager._create_merged_loras_inplace": "self lora_model",
+    "vllm.lora.worker_manager:WorkerLoRAManager._load_adapter": "self lora_request",
+    "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys": "request start_token_idx end_token_idx start_mm_idx",
+    "vllm.v1.engine.async_llm:AsyncLLM.add_lora": "self lora_request",
+    "vllm.v1.engine.async_llm:AsyncLLM.add_request": "self request_id prompt params arrival_time lora_request",
+    "vllm.v1.engine.async_llm:AsyncLLM.remove_lora": "self lora_id",
+    "vllm.v1.engine.core:EngineCore.add_lora": "self lora_request",
+    "vllm.v1.engine.core:EngineCore.remove_lora": "self lora_id",
+    "vllm.v1.engine.llm_engine:LLMEngine.add_lora": "self lora_request",
+    "vllm.v1.engine.llm_engine:LLMEngine.add_request": "self request_id prompt params arrival_time lora_request",
+    "vllm.v1.engine.llm_engine:LLMEngine.remove_lora": "self lora_id",
+    "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin._set_active_loras": (
+        "self prompt_lora_mapping token_lora_mapping lora_requests"
+    ),
+    "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.load_lora_model": "self model vllm_config device",
+    "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.remove_lora": "self lora_id",
+    "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.set_active_loras": (
+        "self input_batch num_scheduled_tokens"
+    ),
+}
 
 
 def wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
@@ -96,6 +120,8 @@ def refusal_of_version() -> str | None:
         )
     try:
         require(name, *PIECES)
+        for piece, parameters in PARAMETERS.items():
+            require_parameters(name, piece, *parameters.split())
         from vllm.lora.worker_manager import WorkerLoRAManager
         from vllm.v1.worker.gpu import model_runner as model_runner_v2
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner

@@ -3,7 +3,10 @@ answer is the greedy tokens with the log-probability of each."""
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,12 @@ import torch
 pytest.importorskip("vllm")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
-from served import BROKEN, Reference, ask, break_adapter, prompts_of, save_adapter, save_model, start
+from served import BROKEN, Reference, ask, break_adapter, prompts_of, save_adapter, save_lora, save_model, start
 from vllm import SamplingParams
+from vllm.exceptions import VLLMClientError
 from vllm.lora.request import LoRARequest
+
+from peft_reft.integrations.vllm.adapters import Adapter
 
 
 pytestmark = pytest.mark.slow
@@ -155,6 +161,81 @@ def test_several_answers_to_one_prompt(server: Server) -> None:
     assert [list(one.token_ids) for one in output.outputs] == [expected] * 3
 
 
+# -- LoRA adapters beside ReFT adapters, removing ---------------------------------------------------------------------
+
+
+def test_base_reft_and_lora_in_one_batch(server: Server, tmp_path: Path) -> None:
+    engine = server.engine.llm_engine
+    for number in engine.list_loras():
+        engine.remove_lora(number)
+    folder = save_lora(server.base, tmp_path / "lora")
+    server.reference.adapted["lora"] = Reference(server.base, {"lora": folder}).adapted["lora"]
+    server.requests["lora"] = LoRARequest("lora", 400, folder)
+    prompts = prompts_of([2, 40, 101, 130])
+    assert server.changes(prompts[1], "lora")
+    # vLLM on a CPU gives tokens without a LoRA that of the last slot. Three of four slots are used: it stays empty.
+    server.check([(prompts[0], "lora")])
+    for _ in range(2):
+        server.check([(prompt, name) for prompt in prompts for name in ("lora", None, "loreft", "all")])
+    engine.remove_lora(400)
+    server.check([(prompt, name) for prompt in prompts for name in (None, "loreft")])
+
+
+def held(folder: Path | str) -> list[Adapter]:
+    """The adapters in memory that were read from a folder: the frontend's and the worker's."""
+    gc.collect()
+    return [one for one in gc.get_objects() if isinstance(one, Adapter) and one.folder == str(folder)]
+
+
+def test_an_adapter_that_is_removed_leaves_the_memory(server: Server, tmp_path: Path) -> None:
+    folder = save_adapter(server.base, tmp_path / "removed", seed=3)
+    prompts = prompts_of([40, 90])
+    for number in (301, 302):
+        ask(server.engine, [(prompt, LoRARequest("removed", number, folder)) for prompt in prompts], 1)
+        assert len(held(folder)) == 2
+        weights = [weakref.ref(t) for one in held(folder) for of in one.weights.values() for t in of.values()]
+        assert weights and server.engine.llm_engine.remove_lora(number)
+        server.check([(prompts[0], None)])
+        assert not held(folder) and not any(weight() is not None for weight in weights)
+
+
+def test_requests_keep_an_adapter_that_is_removed(server: Server, tmp_path: Path) -> None:
+    folder = save_adapter(server.base, tmp_path / "removed", seed=4)
+    (prompt,) = prompts_of([60])
+    engine = server.engine.llm_engine
+    params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+    for name in ("a", "b"):
+        engine.add_request(
+            name, {"prompt_token_ids": prompt}, params, lora_request=LoRARequest("removed", 303, folder)
+        )
+    engine.remove_lora(303)
+    shutil.rmtree(folder)
+    assert held(folder)
+    answers = []
+    while engine.has_unfinished_requests():
+        answers += [list(one.outputs[0].token_ids) for one in engine.step() if one.finished]
+    engine.remove_lora(304)  # any later call
+    server.check([(prompt, None)])
+    assert not held(folder)
+    again = save_adapter(server.base, tmp_path / "again", seed=4)
+    assert answers == [Reference(server.base, {"x": again}).answer(prompt, "x", TOKENS)[0]] * 2
+
+
+def test_adapters_do_not_share_a_number(server: Server, tmp_path: Path) -> None:
+    lora, (prompt,) = save_lora(server.base, tmp_path / "lora"), prompts_of([40])
+    ask(server.engine, [(prompt, LoRARequest("lora", 500, lora))], 1)
+    for number, folder in (
+        (500, server.folders["loreft"]),  # of a LoRA adapter
+        (server.requests["loreft"].lora_int_id, server.folders["last"]),
+        (server.requests["loreft"].lora_int_id, lora),
+    ):
+        server.check([(prompt, "loreft")])
+        with pytest.raises(ValueError, match=f"lora_int_id {number} .* number of its own"):
+            ask(server.engine, [(prompt, LoRARequest("twice", number, folder))], 1)
+    server.engine.llm_engine.remove_lora(500)
+    server.check([(prompt, "loreft"), (prompt, None)])
+
+
 # -- the prefix cache ------------------------------------------------------------------------------------------------
 
 
@@ -191,7 +272,7 @@ def test_a_bad_adapter_is_refused_and_the_engine_goes_on(server: Server, tmp_pat
     prompts = prompts_of([40])
     with pytest.raises(ValueError, match=words):
         ask(server.engine, [(prompts[0], bad)], 1)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, VLLMClientError), match=words):
         server.engine.llm_engine.add_lora(bad)
     server.check([(prompts[0], "loreft"), (prompts[0], None)])
 
@@ -210,6 +291,28 @@ def test_a_folder_that_changed_is_loaded_anew_only_when_asked(server: Server, tm
     expected_ids, expected = Reference(server.base, {"x": str(folder)}).answer(prompt, "x", TOKENS)
     assert second[0] == expected_ids and second != first[0]
     assert max(abs(a - b) for a, b in zip(second[1], expected)) < TOLERANCE
+
+
+def test_an_adapter_that_can_not_be_replaced_stays_as_it_was(server: Server, tmp_path: Path) -> None:
+    engine, folder = server.engine.llm_engine, save_adapter(server.base, tmp_path / "kept", seed=8)
+    (prompt,) = prompts_of([60])
+    expected = Reference(server.base, {"x": folder}).answer(prompt, "x", TOKENS)[0]
+    again = LoRARequest("kept", 201, folder, load_inplace=True)
+    ask(server.engine, [(prompt, LoRARequest("kept", 201, folder))], 1)
+    params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+    engine.add_request("one", {"prompt_token_ids": prompt}, params, lora_request=LoRARequest("kept", 201, folder))
+    save_adapter(server.base, tmp_path / "kept", seed=9)
+    with pytest.raises(ValueError, match="1 requests use it"):
+        engine.add_lora(again)
+    with pytest.raises(ValueError, match="has changed"):
+        engine.add_request("two", {"prompt_token_ids": prompt}, params, lora_request=LoRARequest("kept", 201, folder))
+    answers = []
+    while engine.has_unfinished_requests():
+        answers += [list(one.outputs[0].token_ids) for one in engine.step() if one.finished]
+    assert answers == [expected]
+    ((ids, _),) = ask(server.engine, [(prompt, again)], TOKENS)  # a request may ask for it, too
+    assert ids == Reference(server.base, {"x": folder}).answer(prompt, "x", TOKENS)[0] != expected
+    engine.remove_lora(201)
 
 
 @pytest.mark.parametrize(
