@@ -19,6 +19,8 @@ from .tools.formats import TEMPLATES, encode_row, pad_rows, read_rows
 from .tuner.config import ReftConfig
 
 
+YAML = (".yaml", ".yml")
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 
@@ -64,6 +66,8 @@ def positions(
     if not name:
         raise ValueError(f"{adapter_or_config} does not name a base model. Give its tokenizer with --tokenizer.")
     tokens = AutoTokenizer.from_pretrained(name)
+    if adapter_or_config.suffix in YAML:
+        tokens.chat_template = _chat_template(adapter_or_config, tokens)
     batches = [[{"input_ids": tokens(one)["input_ids"]} for one in text or ()]]
     if dataset is not None:
         batches.append([encode_row(row, template, tokens) for row in read_rows(dataset, examples)])
@@ -149,7 +153,7 @@ def _report(done: Conversion) -> None:
 
 def _read_config(path: Path) -> tuple[ReftConfig, str | None]:
     """The ReftConfig in an adapter's folder, a JSON file or an axolotl YAML, and the name of the base model."""
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in YAML:
         return _read_yaml(path)
     if path.suffix == ".json":
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -165,17 +169,26 @@ def _read_config(path: Path) -> tuple[ReftConfig, str | None]:
 def _read_yaml(path: Path) -> tuple[ReftConfig, str | None]:
     """The ReftConfig that the axolotl plugin makes of a YAML, and the name of the tokenizer or base model."""
     try:
-        from .integrations.axolotl.args import ReftBlock, is_reft, reft_config
+        from .integrations.axolotl.args import ReftBlock, is_reft, own_name, reft_config
     except ImportError as error:
         raise ValueError(
             f"{path}: reading an axolotl YAML needs axolotl (pip install 'peft-reft[axolotl]'). {error}"
         ) from error
     keys = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not is_reft(keys.get("adapter")):
+    adapter = own_name(keys.get("adapter"))
+    if not is_reft(adapter):
         raise ValueError(f"{path} has adapter: {keys.get('adapter')}, which is not a ReFT adapter.")
     block = keys.get("reft")
-    cfg = SimpleNamespace(**{**keys, "reft": None if block is None else ReftBlock(**block)})
+    cfg = SimpleNamespace(**{**keys, "adapter": adapter, "reft": None if block is None else ReftBlock(**block)})
     return reft_config(cfg, "CAUSAL_LM"), keys.get("tokenizer_config") or keys.get("base_model")
+
+
+def _chat_template(path: Path, tokenizer: Any) -> str | None:
+    """The chat template by which axolotl renders the conversations of a YAML, the first where they differ."""
+    from .integrations.axolotl.template import chat_templates
+
+    keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return next(iter(chat_templates(keys, tokenizer).values()), tokenizer.chat_template)
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     ),
     "tuner/forward": (
         "context",
+        "in_use",
         "selector",
         "generation",
         "plan",

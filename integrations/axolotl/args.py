@@ -23,7 +23,7 @@ from peft_reft import ReftConfig
 from peft_reft.tuner.config import own_fields
 from peft_reft.tuner.interventions.formulas import INTERVENTIONS
 
-from .validation import is_reft, own_name, refuse_unknown_prompts, validated_as_lora
+from .validation import is_reft, own_name, refuse_rows_without_subspaces, refuse_unknown_prompts, validated_as_lora
 
 
 # LoRA keys that mean the same for ReFT -> the field of ReftConfig that each one sets.
@@ -47,7 +47,6 @@ SET_ELSEWHERE = {
     "intervention",  # by adapter:
     "tokenizer_name_or_path",  # by tokenizer_config:
     "width",  # by the model
-    "subspaces",  # not yet: no row of axolotl's datasets can name one
 }
 
 
@@ -67,6 +66,8 @@ def _validate(data: Any, validate: Callable[[Any], Any]) -> Any:
     if getattr(model, "merge_lora", None):
         _check_merge(model, config)
     refuse_unknown_prompts(model, config)
+    if config.subspaces is not None:
+        refuse_rows_without_subspaces(model)
     return model
 
 
@@ -81,7 +82,7 @@ class _Block(BaseModel):
     @classmethod
     def check_value(cls, value: Any, info: ValidationInfo) -> Any:
         """Let ReftConfig judge each value, so that a mistake stops axolotl before it loads a model."""
-        if value is not None and info.field_name != "debug":
+        if value is not None and info.field_name not in ("debug", "subspaces"):  # whose sizes add up to lora_r
             ReftConfig(**{str(info.field_name): value})
         return value
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import nested
 from .config import ReftConfig
@@ -118,6 +119,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             setattr(base_layer, name, value)
         else:
             super().__setattr__(name, value)
+            # PEFT sets the active adapter and its switch this way. The mode is set by `train` alone.
+            if name != "training" and (state := self.__dict__.get("state")) is not None:
+                state.changed()
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -128,14 +132,14 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         """Cast or move the module, as `nn.Module._apply` does. This changes the data of R, which no version counter
         shows: R needs a retraction, and stacked weights are outdated."""
         self.bases.mark_all_stale()
-        self.state.weights.forget()
+        self.state.forget()
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode, as `nn.Module.train` does. EMA and SWA callbacks swap weights through `param.data`, which no
         version counter shows, around train() and eval(): so check R anew and drop stacked weights here."""
         self.bases.doubt_all()
-        self.state.weights.forget()
+        self.state.forget()
         return super().train(mode)
 
     # -- adapters ----------------------------------------------------------------------------------------------------
@@ -254,6 +258,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self._edits.pop(adapter_name, None)
         self.bases.mark_stale(adapter_name)
+        self.state.changed()
 
     # -- merging -----------------------------------------------------------------------------------------------------
 
@@ -275,6 +280,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         for name in names:
             self._merged.append(merge_edit(self, name, safe_merge))
             self.merged_adapters.append(name)
+            self.state.changed()
 
     def refuse_merge(self, adapter_name: str) -> None:
         """Check that an adapter can be merged into this layer.
@@ -301,15 +307,24 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         while self._merged:
             unmerge_edit(self, self._merged.pop())
             self.merged_adapters.pop()
+            self.state.changed()
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # In a decode step with nothing to edit, call the wrapped module directly: nn.Module.__call__ costs time. A
-        # module with hooks takes the long way, so that the hooks run.
-        if self.state.call.skipped and not (self._forward_hooks or self._forward_pre_hooks):
+        # nn.Module.__call__ is there for hooks and compiled modules. Beside these it only costs time.
+        if (
+            self._forward_hooks
+            or self._forward_pre_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
+            or self._compiled_call_impl is not None
+            or _has_any_global_hook()
+        ):
+            return super().__call__(*args, **kwargs)
+        if self.state.call.skipped:  # a decode step with nothing to edit
             return self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
-        return super().__call__(*args, **kwargs)
+        return self.forward(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         planned = self.state.call.jobs
@@ -360,7 +375,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         call = self.state.call
         if call.skipped:
             return ()
-        in_use = self.adapters_in_use(None if call.mixed is None else call.mixed.adapters)
+        in_use = self.adapters_in_use(call.mixed_adapters)
         if any(self.reft_config[adapter.adapter_name].depends_on_batch for adapter in in_use):
             raise RuntimeError(
                 f"{self.name!r} ran without a Selection: it was called outside a forward of the whole model, so ReFT "

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from ..parameters import distributed
 from ..parameters.bases import Bases, retract_before_forward, watch_steps
 from ..parameters.loading import check_state_dict, check_weights
-from ..parameters.stacked import LayerAdapter, Stacked, can_be_stacked, needs_gradient
+from ..parameters.stacked import Stacked, can_be_stacked, needs_gradient
 from ..positions.batch import REFT_ARGUMENTS, Batch
 from ..positions.selection import Selection
 from ..positions.spec import Rules
 from .checkpointing import BackwardStop, bind_checkpoints, unbind_checkpoints
 from .generation import Generation, given_input, given_prompts, refuse_unknown_prompts
 from .graphs import outside_graphs, refuse_export
+from .in_use import AdaptersInUse
 from .mixed import MixedBatch
 from .plan import Layer, ModelState, plan, with_own_weights
 from .probe import UnconfirmedLayouts
@@ -132,12 +133,13 @@ class ForwardContext:
         return self.layers
 
     def forget_weights(self) -> None:
-        """Drop stacked weights, because the parameters may have changed. The hook of optimizer steps calls this."""
-        self.state.weights.forget()
+        """Drop what was computed from the parameters, as they may have changed. The hook of optimizer steps calls
+        this."""
+        self.state.forget()
 
     def rules_in_use(self) -> list[Rules]:
         """The rules of the adapters in use that edit some tokens, not all, and not of an encoder."""
-        names = dict.fromkeys(adapter.adapter_name for adapter in self._adapters_in_use() if not adapter.in_encoder)
+        names = self._adapters_in_use().by_name[False]
         return [rules for name in names if not (rules := self.rules[name]).spec.all_tokens]
 
     @contextmanager
@@ -185,11 +187,11 @@ class ForwardContext:
         given = {key: value for key in REFT_ARGUMENTS if (value := arguments.pop(key, None)) is not None}
         call.given = given or (generation.given if generation is not None else {})
         call.jobs = {}
-        self._begin(model)
+        in_use = self._begin(model)
         if model.training:
             bind_checkpoints(self._may_checkpoint_edits(model), self._remember)
             self._stop.watch(model)
-        self._refuse_unused_subspaces(given, call.active)
+        self._refuse_unused_subspaces(given, in_use.first)
         if call.mixed is not None:
             tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             call.mixed.refuse_other_size(tensor.shape[0], repeated=generation is not None)
@@ -201,8 +203,8 @@ class ForwardContext:
     @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
         call = self.state.call
-        if call.edits and not model.training:
-            used = {name: call.edits.get(self.rules[name]) for name in call.active}
+        if call.edits and call.in_use is not None and not model.training:
+            used = {name: call.edits.get(self.rules[name]) for name in call.in_use.first}
             mark_cache(output, {name: tokens for name, tokens in used.items() if tokens is not None})
         call.clear()
         if self._unconfirmed:
@@ -225,26 +227,33 @@ class ForwardContext:
         if self.state.call.encoder_alone:
             self.state.call.clear()
 
-    def _begin(self, model: nn.Module) -> None:
-        """Ask each layer once for its adapters in use, check weights that were replaced, and retract stale R."""
-        self.state.checks.settle()
-        call = self.state.call
-        call.in_use = self._adapters_in_use()
-        call.active, call.edits = {}, {}
-        for adapter in call.in_use:
-            call.active.setdefault(adapter.adapter_name, adapter)
-        for name, adapter in call.active.items():
-            # transformers' load_adapter sets new parameters without load_state_dict, whose hook would check them.
-            if self._validated.get(name) != id(adapter.R):
-                check_weights(self.layers, name)
-                self._validated[name] = id(adapter.R)
-        retract_before_forward(model, self.all_bases())
+    def _begin(self, model: nn.Module) -> AdaptersInUse:
+        """Find the adapters in use, with their R orthonormal. Where a layer or a parameter has changed since the last
+        forward, ask each layer once, check weights that were replaced, and retract stale R."""
+        state = self.state
+        state.checks.settle()
+        era = state.era
+        state.call.edits = {}
+        state.call.in_use = in_use = self._adapters_in_use()
+        if in_use is not state.in_use:
+            for name, adapter in in_use.first.items():
+                # transformers' load_adapter sets new parameters without load_state_dict, whose hook would check them.
+                if self._validated.get(name) != id(adapter.R):
+                    check_weights(self.layers, name)
+                    self._validated[name] = id(adapter.R)
+            retract_before_forward(model, self.all_bases())
+            # In training, each step changes what the answers depend on. Engines gather parameters for each forward.
+            if not (model.training or distributed.is_distributed()):
+                in_use.remember(self.layers, era)
+                state.in_use = in_use
+        return in_use
 
-    def _adapters_in_use(self) -> list[LayerAdapter]:
-        """The adapters in use in each layer."""
-        mixed = self.state.call.mixed
-        names = None if mixed is None else mixed.adapters
-        return [adapter for layer in self.layers for adapter in layer.adapters_in_use(names)]
+    def _adapters_in_use(self) -> AdaptersInUse:
+        """The adapters in use: `ModelState.in_use` where its answers hold, else what the layers answer now."""
+        known, mixed = self.state.in_use, self.state.call.mixed_adapters
+        if known is not None and known.hold(mixed, self.state.era):
+            return known
+        return AdaptersInUse(self.layers, mixed)
 
     def _plan(self, module: nn.Module, arguments: dict[str, Any], in_encoder: bool) -> None:
         """Make the jobs of the layers of a module for its call.
@@ -260,14 +269,12 @@ class ForwardContext:
         # A replica of DataParallel runs copies of the layers with weights of their own, on another device than
         # self.layers.
         replica = getattr(module, "_is_replica", False)
-        by_adapter: dict[str, list[LayerAdapter]] = {}
-        in_use = [adapter for adapter in call.in_use or () if adapter.in_encoder == in_encoder]
-        for adapter in in_use:
-            by_adapter.setdefault(adapter.adapter_name, []).append(adapter)
+        in_use = call.in_use
+        assert in_use is not None and call.jobs is not None
         selections: dict[str, Selection | None] = {}
         stacked: dict[str, tuple[Stacked, bool]] = {}
         by_rules: dict[tuple[Rules, bool], Selection | None] = {}
-        for name, own in by_adapter.items():
+        for name in in_use.by_name[in_encoder]:
             rules = self.rules[name]
             if rules.depend_on_batch:
                 if distributed.is_distributed():
@@ -282,14 +289,14 @@ class ForwardContext:
                 selections[name] = selection
                 if selection is None:  # a decode step
                     continue
-            if not replica and (weights := self._stack(own, in_graph=rules.depend_on_batch)) is not None:
+            if not replica and (weights := self._stack(in_use, name, in_encoder)) is not None:
                 stacked[name] = weights
-        names = [layer.name for layer in self.layers if layer.in_encoder == in_encoder]
+        names = in_use.layer_names[in_encoder]
         selected = next((selection for selection in selections.values() if selection is not None), None)
         if self._unconfirmed and selected is not None and not replica:
             self._unconfirmed.before_edits(module, names, selected.edited_BS.shape, call)
-        assert call.jobs is not None
-        call.jobs.update(plan(names, in_use, selections, stacked, call.mixed, on_own_devices=not replica))
+        own = in_use.by_side[in_encoder]
+        call.jobs.update(plan(names, own, selections, stacked, call.mixed, on_own_devices=not replica))
         call.recomputed = None
 
     def _call(self, name: str, module: nn.Module, arguments: dict[str, Any], in_encoder: bool) -> Call:
@@ -307,19 +314,23 @@ class ForwardContext:
             name, arguments, batch, prefix, by_example, module.training, state.generation, in_encoder, state.edits
         )
 
-    def _stack(self, layers: list[LayerAdapter], in_graph: bool) -> tuple[Stacked, bool] | None:
+    def _stack(self, in_use: AdaptersInUse, name: str, in_encoder: bool) -> tuple[Stacked, bool] | None:
         """The stacked weights of an adapter, and whether they are a part of the graph. None: each layer reads its own.
 
-        Trained weights are stacked only where the edits depend on the batch (`in_graph`). An edit that does not may
-        run inside a function that a user checkpoints with `torch.utils.checkpoint`. Its recompute runs outside any
-        forward, without a plan, so each layer reads its own parameters there; a forward with stacked weights would
-        have saved other tensors for backward, and torch would raise an error.
+        Trained weights are stacked only where the edits depend on the batch. An edit that does not may run inside a
+        function that a user checkpoints with `torch.utils.checkpoint`. Its recompute runs outside any forward, without
+        a plan, so each layer reads its own parameters there; a forward with stacked weights would have saved other
+        tensors for backward, and torch would raise an error.
         """
+        layers = in_use.by_name[in_encoder][name]
         if not can_be_stacked(layers):
             return None
-        if not torch.is_grad_enabled() or not needs_gradient(layers):
-            return self.state.weights.of(layers), False
-        return (Stacked(layers), True) if in_graph else None
+        if torch.is_grad_enabled() and needs_gradient(layers):
+            return (Stacked(layers), True) if self.rules[name].depend_on_batch else None
+        stacked = in_use.stacked.get((name, in_encoder))
+        if stacked is None:
+            stacked = in_use.stacked[name, in_encoder] = self.state.weights.of(layers)
+        return stacked, False
 
     def _may_checkpoint_edits(self, model: nn.Module) -> Iterable[nn.Module]:
         """The modules that may checkpoint an edit: all modules of the model. Where only whole blocks are edited, only
@@ -376,7 +387,7 @@ class ForwardContext:
         """
         call, kwargs = self.state.call, dict(kwargs)
         given = {key: value for key in REFT_ARGUMENTS if (value := kwargs.pop(key, None)) is not None}
-        active = dict.fromkeys(adapter.adapter_name for adapter in self._adapters_in_use())
+        active = self._adapters_in_use().first
         depend_on_batch = any(self.rules[name].depend_on_batch for name in active)
         self._refuse_unused_subspaces(given, active)
         if not depend_on_batch and call.mixed is None:

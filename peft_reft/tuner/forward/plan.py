@@ -24,6 +24,7 @@ from ..positions.selection import Selection
 from ..positions.spec import Rules
 from ..positions.unedited import UneditedRows
 from .generation import Generation
+from .in_use import AdaptersInUse
 from .mixed import MixedBatch
 
 
@@ -37,8 +38,7 @@ class CallState(threading.local):
     mixed: MixedBatch | None = None  # the adapters of the examples, in a mixed batch
     generation: Generation | None = None  # the running `generate`
     given: dict[str, Any] | None = None  # the arguments that only ReFT reads: `prompt_lengths`, `subspaces`, ...
-    in_use: list[LayerAdapter] | None = None  # the adapters in use in each layer
-    active: dict[str, LayerAdapter] = {}  # adapter name -> the adapter in the first layer that uses it
+    in_use: AdaptersInUse | None = None  # the adapters in use in each layer
     jobs: Jobs | None = None  # None: no forward is running
     skipped: bool = False  # a decode step is running in which no layer has a job
     recomputed: Jobs | None = None  # the jobs for modules that run in this forward and again in backward
@@ -46,10 +46,15 @@ class CallState(threading.local):
     edits: dict[Rules, SelectedTokens] = {}  # the tokens edited in this call, outside `generate`
     saving: bool = False  # the state dict of the whole model is being collected
 
+    @property
+    def mixed_adapters(self) -> Sequence[str] | None:
+        """The names of the adapters of a mixed batch. None: the batch is not mixed."""
+        return None if self.mixed is None else self.mixed.adapters
+
     def clear(self) -> None:
         """Reset what belongs to a forward, when the forward is over."""
         self.jobs = self.recomputed = self.given = self.in_use = None
-        self.active, self.edits = {}, {}
+        self.edits = {}
         self.skipped = self.saving = False
 
 
@@ -62,22 +67,36 @@ class ModelState:
         weights (`InferenceWeights`): The stacked weights of adapters, for forwards without gradients.
         checks (`Checks`): The conditions on batches that are still to be read from a GPU.
         unedited (`UneditedRows`): The counts of rows that hold no token to edit.
+        in_use (`AdaptersInUse`, *optional*): The answers of the layers in an earlier forward.
+        era (`object`): Another object after each change of a layer.
     """
 
     call: CallState = field(default_factory=CallState)
     weights: InferenceWeights = field(default_factory=InferenceWeights)
     checks: Checks = field(default_factory=Checks)
     unedited: UneditedRows = field(init=False)
+    in_use: AdaptersInUse | None = None
+    era: object = field(default_factory=object)
 
     def __post_init__(self) -> None:
         self.unedited = UneditedRows(self.checks)
 
+    def changed(self) -> None:
+        """Note a change of a layer, so that the next forward asks all layers anew."""
+        self.in_use, self.era = None, object()
+
+    def forget(self) -> None:
+        """Drop all that was computed from parameters, because they may have been written to unseen."""
+        self.changed()
+        self.weights = InferenceWeights()
+
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the call out: no call runs a model that has just been copied or unpickled."""
+        """Leave out the call and the answers of layers: no call runs a model that has just been copied or unpickled,
+        and its layers are others."""
         return {"weights": self.weights, "checks": self.checks, "unedited": self.unedited}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, call=CallState())
+        self.__dict__.update(state, call=CallState(), in_use=None, era=object())
 
 
 class Layer(Protocol):
@@ -139,7 +158,7 @@ def plan(
         if name in stacked:
             own, in_graph = stacked[name]
             weights = own.by_layer[layer_name]
-            in_bfloat16 = None if in_graph else partial(own.in_bfloat16, layer_name)
+            in_bfloat16 = None if in_graph else own.in_bfloat16
         examples = None if mixed is None else partial(mixed.rows, name)
         jobs.setdefault(layer_name, []).append(
             Job(layer_name, name, adapter.edit, selection, examples, weights, in_bfloat16)

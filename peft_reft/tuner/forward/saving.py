@@ -64,7 +64,7 @@ def _prepare(state: ModelState, layers: Sequence[Layer]) -> None:
         ValueError: when a batch of an earlier step failed a check that was deferred.
     """
     state.checks.settle()
-    state.weights.forget()
+    state.forget()
     for layer in layers:
         layer.load_offloaded()
         layer.bases.doubt_all()  # the values decide, not the version counters: a write through `data` shows in none

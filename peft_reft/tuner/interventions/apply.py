@@ -104,7 +104,8 @@ class Job:
             returns the indices of the rows of the batch that use this adapter. None: all rows do.
         weights (`EditWeights`, *optional*): The weights, in the dtype of the parameters. None: the layer reads its
             parameters when it runs.
-        in_bfloat16 (`Callable`, *optional*): Returns the weights in bfloat16. None where their gradient is needed.
+        in_bfloat16 (`Callable`, *optional*): Takes the name of the layer and returns the weights in bfloat16. None
+            where their gradient is needed.
     """
 
     layer_name: str
@@ -113,7 +114,7 @@ class Job:
     selection: Selection | None
     examples: Callable[[int, torch.device], Tensor] | None
     weights: EditWeights | None
-    in_bfloat16: Callable[[], EditWeights] | None
+    in_bfloat16: Callable[[str], EditWeights] | None
 
 
 Read = Callable[[str], tuple[Tensor, Tensor | None, Tensor | None]]  # an adapter's name -> its R, W and b
@@ -135,8 +136,9 @@ def edit_state(h: Tensor, jobs: Sequence[Job], read: Read, writable: bool) -> Te
         ValueError: when h does not hold one state for each token of the batch.
     """
     for job in jobs:
-        weights = _weights(job, read, h.dtype)
-        selection = job.selection
+        weights, selection = job.weights, job.selection
+        if weights is None or weights.R_QD.dtype is not h.dtype:
+            weights = _weights(job, read, h.dtype)
         if selection is not None and h.shape[:-1] != selection.edited_BS.shape:
             _check_shape(h, job.layer_name, selection)
         if selection is None or selection.index_T is None:
@@ -146,7 +148,13 @@ def edit_state(h: Tensor, jobs: Sequence[Job], read: Read, writable: bool) -> Te
         if not (writable and h.is_contiguous()):
             writable, h = True, h.clone(memory_format=torch.contiguous_format)
         h_TD = h.view(-1, h.shape[-1]).index_select(0, selection.index_T)
-        h = _add_to_states(h, selection, delta(h_TD, job.edit, weights, selection.unused_TGR, selection.empty_T1))
+        delta_TD = delta(h_TD, job.edit, weights, selection.unused_TGR, selection.empty_T1)
+        # Add in place. A token that has two slots gets the sum of both.
+        if h.is_cpu:
+            indices = (selection.index_T,) if h.dim() == 2 else (selection.row_T, selection.column_T)
+            h = h.index_put_(indices, delta_TD, accumulate=True)
+        else:
+            h = _add_on_device(h, selection.index_T, delta_TD)
     return h
 
 
@@ -155,7 +163,9 @@ def _weights(job: Job, read: Read, dtype: torch.dtype) -> EditWeights:
     float16 states are edited in the dtype of the weights: a projection of large states overflows float16."""
     if job.weights is None:
         return edit_weights(job.edit, *read(job.adapter_name))
-    return job.in_bfloat16() if dtype == torch.bfloat16 and job.in_bfloat16 is not None else job.weights
+    if dtype == torch.bfloat16 and job.in_bfloat16 is not None:
+        return job.in_bfloat16(job.layer_name)
+    return job.weights
 
 
 def delta(
@@ -179,10 +189,13 @@ def delta(
     Returns:
         `torch.Tensor`: [T, D], in the dtype of `h_TD`.
     """
-    if torch.is_autocast_enabled(h_TD.device.type):
-        with torch.autocast(h_TD.device.type, enabled=False):  # compute in the dtype of the weights
+    device_type = "cpu" if h_TD.is_cpu else h_TD.device.type  # asking a tensor for its device costs more
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):  # compute in the dtype of the weights
             return delta(h_TD, edit, weights, unused_TGR, empty_T1)
-    wide_TD = h_TD.to(weights.R_QD.dtype)
+    # `Tensor.to` takes a microsecond where there is nothing to convert, and a deep model runs this for each layer.
+    dtype = weights.R_QD.dtype
+    wide_TD = h_TD if h_TD.dtype is dtype else h_TD.to(dtype)
     c_TQ = coefficients(edit, wide_TD, weights)
     if unused_TGR is not None:
         tokens, directions = c_TQ.shape
@@ -194,7 +207,7 @@ def delta(
         delta_TD = nn.functional.dropout(wide_TD + delta_TD, edit.dropout) - wide_TD
         if empty_T1 is not None:
             delta_TD = delta_TD.masked_fill(empty_T1, 0.0)
-    return delta_TD.to(h_TD.dtype)
+    return delta_TD if h_TD.dtype is dtype else delta_TD.to(h_TD.dtype)
 
 
 def coefficients(edit: Edit, h_TD: Tensor, weights: EditWeights) -> Tensor:
@@ -226,14 +239,9 @@ def coefficients(edit: Edit, h_TD: Tensor, weights: EditWeights) -> Tensor:
     return edit.act(projected_TP[:, :directions]) - projected_TP[:, directions:]
 
 
-def _add_to_states(h: Tensor, selection: Selection, delta_TD: Tensor) -> Tensor:
-    """Add to the hidden states of the selected tokens, in place. A token that has two slots gets the sum of both."""
-    index_T, row_T, column_T = selection.index_T, selection.row_T, selection.column_T
-    assert index_T is not None and row_T is not None and column_T is not None
-    if h.is_cpu:
-        # The fastest on a CPU. On a GPU index_put_ sorts the indices, and waits for the device to check them.
-        indices = (index_T,) if h.dim() == 2 else (row_T, column_T)
-        return h.index_put_(indices, delta_TD, accumulate=True)
+def _add_on_device(h: Tensor, index_T: Tensor, delta_TD: Tensor) -> Tensor:
+    """Add to the hidden states of the selected tokens, in place, on a device that is no CPU. There `index_put_` would
+    sort the indices, and wait for the device to check them."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _AddToStates.apply(h, index_T, delta_TD)
     h.view(-1, h.shape[-1]).index_add_(0, index_T, delta_TD)

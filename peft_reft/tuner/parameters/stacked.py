@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -90,24 +91,19 @@ class Stacked:
         return self._in_bfloat16[layer_name]
 
 
+@dataclass(eq=False)
 class InferenceWeights:
     """The stacks of a model's adapters, cached for forwards that compute no gradient of the weights.
 
-    An entry is valid until one of its parameters is replaced or written to, or `forget` is called: by the hook of
-    optimizer steps, and where callbacks write through a parameter's `data`, which no version counter shows.
+    An entry is valid until one of its parameters is replaced or written to. `ModelState.forget` takes a new cache at a
+    step of an optimizer, and where callbacks write through a parameter's `data`, which no version counter shows; an
+    entry that another thread is building then goes to the old cache.
     """
 
-    def __init__(self) -> None:
-        self._entries: dict[tuple[str, str], tuple[int, list[nn.Parameter], list[int], Stacked]] = {}
-        self._age = 0  # bumped by forget(); an entry that another thread built before that is discarded
+    _entries: dict[tuple[str, str], tuple[list[nn.Parameter], list[int], Stacked]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict:
-        return {"_entries": {}, "_age": 0}
-
-    def forget(self) -> None:
-        """Discard all entries."""
-        self._age += 1
-        self._entries.clear()
+        return {"_entries": {}}
 
     def of(self, layers: Sequence[LayerAdapter]) -> Stacked:
         """The weights of an adapter, from the cache where they are still valid.
@@ -119,16 +115,16 @@ class InferenceWeights:
         if distributed.is_distributed():  # FSDP2 refills parameters, which no version counter shows
             return _stack_without_graph(layers)
         parameters = [one for layer in layers for one in layer.parameters if one is not None]
-        age, versions = self._age, [0 if one.is_inference() else one._version for one in parameters]
+        versions = [0 if one.is_inference() else one._version for one in parameters]
         key = (layers[0].adapter_name, layers[0].layer_name)
         entry = self._entries.get(key)
         if entry is not None:
-            known_age, known, known_versions, stacked = entry
-            if known_age == age and known_versions == versions and len(known) == len(parameters):
+            known, known_versions, stacked = entry
+            if known_versions == versions and len(known) == len(parameters):
                 if all(map(operator.is_, parameters, known)):
                     return stacked
         stacked = _stack_without_graph(layers)
-        self._entries[key] = (age, parameters, versions, stacked)
+        self._entries[key] = (parameters, versions, stacked)
         return stacked
 
 

@@ -24,6 +24,8 @@ from torch import Tensor
 
 
 IGNORED_LABEL = -100  # the label of tokens that the loss leaves out
+# The origin of prompts in a batch whose sequences may lack the response template. Labels tell those of the rest.
+TEMPLATE_OR_LABELS = "response_template or labels"
 
 
 @dataclass(frozen=True)
@@ -253,14 +255,15 @@ def count_within(mask_BS: Tensor, start_BS: Tensor | None) -> Tensor:
 
 def total_within(mask_BS: Tensor, start_BS: Tensor | None) -> Tensor:
     """For each token, how many tokens of `mask_BS` there are between the starts around it. int64, [B, S]."""
-    return count_and_total_within(mask_BS, start_BS)[1]
+    return count_and_total_within(mask_BS, start_BS)[1].expand_as(mask_BS)
 
 
 def count_and_total_within(mask_BS: Tensor, start_BS: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`count_within` and `total_within`, by one cumulative sum."""
+    """`count_within` and `total_within`, by one cumulative sum. The total is [B, 1] where there are no starts within
+    rows: all tokens of a row then have the same."""
     total_BS = mask_BS.cumsum(dim=1)
     if start_BS is None:
-        return total_BS, total_BS[:, -1:].expand_as(total_BS)
+        return total_BS, total_BS[:, -1:]
     count_BS = _since_start(total_BS, mask_BS, start_BS)
     # The cumulative sum at the last token before the next start, carried back to all tokens before it.
     end_BS = start_BS.roll(-1, dims=1)

@@ -108,6 +108,12 @@ def selection_from_masks(first_BS: Tensor, last_BS: Tensor, groups: int, limit: 
             a GPU.
     """
     edited_BS = first_BS | last_BS
+    if groups == 1 and edited_BS.is_cpu:  # on a GPU, to count the tokens is to wait
+        # Where no slot is empty, as in most batches, the slots are the tokens.
+        row_T, column_T = edited_BS.nonzero(as_tuple=True)
+        tokens = row_T.shape[0]
+        if tokens == (round_up(tokens) if limit is None else limit):
+            return Selection(edited_BS, column_T.add(row_T, alpha=edited_BS.shape[1]), row_T, column_T)
     mask_GF = torch.stack([first_BS.flatten(), last_BS.flatten()]) if groups == 2 else edited_BS.view(1, -1)
     count_GF = mask_GF.cumsum(dim=1)
     if limit is None:
@@ -118,9 +124,7 @@ def selection_from_masks(first_BS: Tensor, last_BS: Tensor, groups: int, limit: 
     empty_GN = index_GN == mask_GF.shape[1]
     # An empty slot repeats a token of its group, which is edited anyway: the state of padding, say, may not be finite.
     index_GN = torch.where(empty_GN, index_GN[:, :1], index_GN).clamp(max=mask_GF.shape[1] - 1)
-    # Two groups need the mask `unused_TGR` in any case. On a GPU, to find out whether a slot is empty is to wait.
-    none_empty = groups == 1 and empty_GN.is_cpu and not bool(empty_GN.any())
-    return Selection.of_slots(edited_BS, index_GN, None if none_empty else empty_GN)
+    return Selection.of_slots(edited_BS, index_GN, empty_GN)
 
 
 def max_slots(spec: PositionSpec, groups: int, runs: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -62,6 +63,15 @@ class PositionSpec:
     def two_sided(self) -> bool:
         """Whether the spec names both first and last tokens."""
         return self.first > 0 and self.last > 0
+
+    def counts(self, length: int) -> tuple[int, int]:
+        """How many first and how many last tokens of a prompt are edited.
+
+        Args:
+            length (`int`): n, the tokens of the prompt.
+        """
+        most = length // 2 if self.two_sided and length < self.first + self.last else length
+        return min(self.first, most), min(self.last, most)
 
     def groups(self, share_weights: bool) -> int:
         """G: 2 where the first and the last tokens have weights of their own, else 1."""
@@ -122,13 +132,8 @@ def first_and_last(prompts: Prompts, spec: PositionSpec) -> tuple[Tensor, Tensor
     """
     # The rank of a token within its run, 1 for the first.
     rank_BS, length_BS = count_and_total_within(prompts.prompt_BS, prompts.start_BS)
-    if spec.two_sided:
-        crowded_BS = length_BS < spec.first + spec.last
-        half_BS = length_BS // 2
-        first_BS = torch.where(crowded_BS, half_BS.clamp(max=spec.first), spec.first)
-        last_BS = torch.where(crowded_BS, half_BS.clamp(max=spec.last), spec.last)
-    else:
-        first_BS, last_BS = length_BS.clamp(max=spec.first), length_BS.clamp(max=spec.last)
+    longest = min(spec.first + spec.last, prompts.prompt_BS.shape[1])
+    first_BS, last_BS = _counts_by_length(spec, longest, length_BS.device)[:, length_BS.clamp(max=longest)]
     if prompts.later_BS is not None:  # a sequence's later runs have last tokens only
         first_BS = first_BS.masked_fill(prompts.later_BS, 0)
         last_BS = torch.where(prompts.later_BS, length_BS.clamp(max=spec.last), last_BS)
@@ -136,6 +141,14 @@ def first_and_last(prompts: Prompts, spec: PositionSpec) -> tuple[Tensor, Tensor
         prompts.prompt_BS & (rank_BS <= first_BS),
         prompts.prompt_BS & (rank_BS > length_BS - last_BS),
     )
+
+
+@lru_cache(maxsize=256)
+def _counts_by_length(spec: PositionSpec, longest: int, device: torch.device) -> Tensor:
+    """`PositionSpec.counts` of all lengths through `longest`: int64, [2, lengths]. From first + last on they stay the
+    same. One lookup in this table takes the place of many small operations in each forward."""
+    with torch.inference_mode(False):
+        return torch.tensor([spec.counts(length) for length in range(longest + 1)], device=device).T.contiguous()
 
 
 def masks_from_intervention_mask(

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .deferred_checks import Checks
 from .notices import ways_out
-from .prompts import Sequences
+from .prompts import TEMPLATE_OR_LABELS, Sequences
 from .spec import Rules
 
 
@@ -41,16 +41,14 @@ EMPTY_BATCH = {
         "response_template is in none of its rows. Check it against the text of a prompt with "
         "peft_reft.explain_positions"
     ),
-    "response_template or labels": (
-        "the response template is in none of its rows, and no label of -100 stands before an answer"
-    ),
+    TEMPLATE_OR_LABELS: ("the response template is in none of its rows, and no label of -100 stands before an answer"),
 }
 EMPTY_ROW = {
     "labels": "no label of -100 stands before the answer",
     "prompt_lengths": "prompt_lengths is 0",
     "intervention_mask": "intervention_mask is 0",
     "response_template": "response_template is not in it",
-    "response_template or labels": "the response template is not in it, and no label of -100 stands before the answer",
+    TEMPLATE_OR_LABELS: "the response template is not in it, and no label of -100 stands before the answer",
 }
 SHORT = "a prompt of one token is too few for both first and last tokens"
 
@@ -120,6 +118,11 @@ class UneditedRows:
         counts = self._counts.setdefault((rules, use), Counts())
         if use == "inference" and (counts.warned or not rules.spec.two_sided):
             return  # each prompt has a token, and one is enough for a one-sided spec
+        # Most batches have a token to edit in each row, and one look shows it where no device is waited for.
+        at_once = learnt_BS is None and not self.checks.are_deferred_on(edited_BS.device)
+        if at_once and bool(sequences.any_of_each(edited_BS[None]).all()):
+            _add(rules, use, origin, counts, sequences.count, unedited=0, short=0)
+            return
         counted_BS = sequences.real_BS if learnt_BS is None else sequences.real_BS & learnt_BS
         has_3N = sequences.any_of_each(torch.stack([counted_BS, edited_BS, prompt_BS]))
         unedited_N = has_3N[0] & ~has_3N[1]
