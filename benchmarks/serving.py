@@ -8,14 +8,20 @@ to edit, scheduling, the model and sampling. Each later token of all requests is
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from .methods import LORA_TARGETS, SIZES, VOCABULARY, Setting, base_model
+from .pairs import Ratio
+from .report import print_table, ratio_text
+from .session import OUT, Device, Out, Pairs, Session, Size, Threads, interleave_shown
 
 
 KINDS = ("base", "reft", "lora")
@@ -66,7 +72,7 @@ class Served:
         return prefilled - before, (time.process_time() - prefilled) / steps
 
 
-def serve(folder: Path, setting: Setting, requests: int, compiled: bool) -> Served:
+def start_engine(folder: Path, setting: Setting, requests: int, compiled: bool) -> Served:
     """Make a model and random adapters of it, and start an engine.
 
     Args:
@@ -129,3 +135,69 @@ def _save_adapter(model: Any, kind: str, setting: Setting, folder: str) -> None:
     adapted = get_peft_model(model, config)
     adapted.save_pretrained(folder)
     adapted.unload()
+
+
+def measure(served: Served, requests: int, pairs: int, tokens: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Ask for answers of each kind in turn, and compare each with the base's of the same turn.
+
+    Args:
+        served (`Served`): The engine.
+        requests (`int`): How many requests at once.
+        pairs (`int`): How many turns.
+        tokens (`int`): The tokens of each answer.
+
+    Returns:
+        `dict`: Kind -> `"prefill"` and `"decode"` -> the fields of a `Ratio`.
+    """
+    decode: dict[str, list[float]] = {kind: [] for kind in KINDS}
+
+    def run(kind: str) -> float:
+        first, later = served.round(kind, requests, tokens)
+        decode[kind].append(later)
+        return first
+
+    prefill = interleave_shown({kind: partial(run, kind) for kind in KINDS}, pairs, f"{requests} requests")
+    of_turns = {kind: seconds[-pairs:] for kind, seconds in decode.items()}  # without those of the warm-up
+    return {
+        kind: {
+            "prefill": Ratio.of(prefill[kind], prefill["base"]).as_dict(),
+            "decode": Ratio.of(of_turns[kind], of_turns["base"]).as_dict(),
+        }
+        for kind in KINDS
+    }
+
+
+def serve(
+    pairs: Pairs = 20,
+    out: Out = OUT,
+    threads: Threads = 1,
+    device: Device = "cpu",
+    size: Size = "deep",
+    requests: Annotated[list[int], typer.Option(help="requests at once; several times for several")] = [1, 8, 32],  # noqa: B006
+    length: Annotated[int, typer.Option(help="tokens of a prompt")] = 96,
+    tokens: Annotated[int, typer.Option(help="tokens of an answer")] = 16,
+    compiled: Annotated[bool, typer.Option(help="let vLLM compile the model; on a GPU")] = False,
+) -> None:
+    """Base, ReFT and LoRA requests in one engine of vLLM: time of prefill and decode. Needs the stack vllm."""
+    torch.set_num_threads(threads)
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    setting = Setting(size=size, device=device, dtype=dtype, length=length)
+    with Session(out, threads) as session, tempfile.TemporaryDirectory() as folder:
+        served = start_engine(Path(folder), setting, max(requests), compiled)
+        session.results["serve"] = found = {count: measure(served, count, pairs, tokens) for count in requests}
+        print_table(
+            f"tokens a second of processor time, prompts of {length}",
+            ["requests", "prefill", "its time to the base's", "decode", "its time to the base's"],
+            [
+                [
+                    f"{count} {kind}",
+                    f"{count * length / measured['prefill']['seconds']:.0f}",
+                    ratio_text(measured["prefill"]),
+                    f"{count / measured['decode']['seconds']:.0f}",
+                    ratio_text(measured["decode"]),
+                ]
+                for count, of_kinds in found.items()
+                for kind, measured in of_kinds.items()
+            ],
+        )
+        session.save(f"serve-{size}")
