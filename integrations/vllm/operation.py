@@ -3,7 +3,7 @@
 A compiled model is traced once, before any adapter is known. So the operation stands in the graph of every layer, and
 asks when it runs whether the layer has something to edit in this step. A CUDA graph records kernels, not the question:
 it is recorded with nothing to edit, so it holds no kernel of the plugin. Steps with something to edit run outside of
-CUDA graphs (plugin.py), where the operation runs.
+CUDA graphs (worker_hooks.py), where the operation runs.
 
 Dimensions: F tokens of the step, T tokens to edit, Q directions of all groups of weights, D width of the hidden
 state.
@@ -88,7 +88,7 @@ def edit_in_place(hidden_FD: Tensor, residual_FD: Tensor | None, place: Tensor) 
         c_TQ = coefficients(job.edit, wide_TD, weights)
         if job.unused_TQ is not None:
             c_TQ = c_TQ.masked_fill(job.unused_TQ, 0.0)
-        edited_TD = torch.addmm(wide_TD, c_TQ, weights.R_QD).to(h_TD.dtype)
+        edited_TD = wide_TD.addmm_(c_TQ, weights.R_QD).to(h_TD.dtype)
         if residual_FD is None:
             hidden_FD.index_copy_(0, index_T, edited_TD)
         else:

@@ -28,7 +28,7 @@ Request = tuple[int, Plan | None, int, int]
 class EditedModel:
     """The decoder layers of one model in a worker, and the ReFT adapters that edit them.
 
-    For each step vLLM's hooks (plugin.py) call `plan`, `start`, and after the model ran `finish`.
+    For each step worker_hooks.py calls `plan`, `start`, and after the model ran `finish`.
 
     Args:
         model (`torch.nn.Module`): The model, as vLLM loaded it.

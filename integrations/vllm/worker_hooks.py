@@ -56,16 +56,13 @@ def serve_in_worker() -> None:
             number, folder = lora_request.lora_int_id, get_adapter_absolute_path(lora_request.lora_path)
             edited = self._reft_model
             known = edited.adapters.get(number) if edited is not None else None
-            if known is None and not adapters.is_reft(folder):
-                return original(self, lora_request)
-            if edited is None:
-                raise ValueError(self._reft_refusal)
-            if known is not None and (known.folder != folder or lora_request.load_inplace):
-                known = None
-            if known is None and not adapters.is_reft(folder):
-                edited.remove(number)
-                return original(self, lora_request)
-            if known is None:
+            if known is None or known.folder != folder or lora_request.load_inplace:
+                if not adapters.is_reft(folder):
+                    if edited is not None:
+                        edited.remove(number)
+                    return original(self, lora_request)
+                if edited is None:
+                    raise ValueError(self._reft_refusal)
                 edited.add(number, adapters.load(folder, self.lora_config.max_lora_rank))
             return LoRAModel(number, edited.adapters[number].config.r, {})
 
