@@ -13,7 +13,7 @@ STACK_TESTS = $(call tests_named,axolotl axolotl_examples axolotl_versions recip
 	positions prompts auto_template templates properties generation reused_caches transformers_api trainer trl peft loading \
 	checkpointing mixed_batches quantized transformers)
 # vLLM pins libraries of its own: there, what it serves is tested alone.
-VLLM_TESTS = $(call tests_named,vllm vllm_compiled vllm_settings vllm_gpu vllm_http vllm_refusals vllm_worker vllm_examples serving)
+VLLM_TESTS = $(call tests_named,vllm vllm_families vllm_compiled vllm_settings vllm_gpu vllm_http vllm_refusals vllm_worker vllm_examples serving)
 CANARY_TESTS = $(call tests_named,positions properties generation trainer *_api)
 BENCH_ARGS ?=
 # A folder for each stack and each Python, so that another interpreter leaves an environment alone.

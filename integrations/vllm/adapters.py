@@ -67,6 +67,15 @@ def stamp(folder: str) -> tuple[tuple[int, int], ...]:
     return tuple((stat.st_mtime_ns, stat.st_size) for stat in stats)
 
 
+def fingerprint(folder: str) -> str:
+    """A hash of what the folder's config and weights hold."""
+    digest = hashlib.sha256()
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        with open(os.path.join(folder, name), "rb") as file:
+            digest.update(file.read())
+    return digest.hexdigest()[:32]
+
+
 @dataclass
 class Adapter:
     """A ReFT adapter, as read from its folder.
@@ -74,7 +83,7 @@ class Adapter:
     Args:
         folder (`str`): The folder.
         config (`ReftConfig`): Its config.
-        fingerprint (`str`): A hash of the config and the weights.
+        fingerprint (`str`): `fingerprint(folder)`, of what was read.
         stamp (`tuple`): `stamp(folder)` when it was read.
         weights (`dict`): Name of a module -> letter R, W or b -> tensor.
         rules (`Rules`, *optional*): How it finds its tokens. None in a process that does not look for them.
@@ -131,11 +140,7 @@ def load(folder: str, max_rank: int) -> Adapter:
         if match is None:
             raise ValueError(f"{path}: {name!r} is no tensor of an edit, and vLLM serves edits alone.")
         weights.setdefault((match["module"] or "").removeprefix(PEFT_PREFIX), {})[match["letter"]] = tensor
-    digest = hashlib.sha256()
-    for file_name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-        with open(os.path.join(folder, file_name), "rb") as file:
-            digest.update(file.read())
-    return Adapter(folder, config, digest.hexdigest()[:32], read_at, weights)
+    return Adapter(folder, config, fingerprint(folder), read_at, weights)
 
 
 def _refuse_fields(folder: str, config: ReftConfig, max_rank: int) -> None:

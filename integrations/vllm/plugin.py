@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import frontend_hooks, vllm_api, worker_hooks
-from .adapters import is_reft
+from .adapters import fingerprint, is_reft
 from .vllm_api import wrap
 
 
@@ -62,6 +62,7 @@ def _refuse_adapters(refusal: str) -> None:
 
 
 def _serve_in_core() -> None:
+    import msgspec
     from vllm.lora.utils import get_adapter_absolute_path
     from vllm.v1.core import block_pool, kv_cache_utils
     from vllm.v1.engine.core import EngineCore
@@ -95,24 +96,28 @@ def _serve_in_core() -> None:
     def add_lora(original: Callable) -> Callable:
         def add(self: Any, lora_request: Any) -> Any:
             number, name = lora_request.lora_int_id, lora_request.lora_name
-            if not is_reft(get_adapter_absolute_path(lora_request.lora_path)):
+            folder = get_adapter_absolute_path(lora_request.lora_path)
+            if not is_reft(folder):
                 return original(self, lora_request)
-            kept = self.__dict__.setdefault("_reft_numbers", set())
+            remove_unused(self)
+            kept = self.__dict__.setdefault("_reft_contents", {})
             if number not in kept and number in self.list_loras():
                 raise ValueError(
                     f"lora_int_id {number} of the ReFT adapter {name!r} is that of a LoRA adapter. Give each adapter "
                     "a number of its own."
                 )
-            count = users(self, number) if lora_request.load_inplace else 0
+            content = fingerprint(folder)
+            # A removed adapter is still there while requests use it, and its folder may have changed since.
+            replaces = number in kept and (lora_request.load_inplace or kept[number] != content)
+            count = users(self, number) if replaces else 0
             if count:
                 raise ValueError(
                     f"The ReFT adapter {name!r} can't be replaced while {count} requests use it. Load it when they "
                     "are done, or under another name."
                 )
-            self.__dict__.setdefault("_reft_to_remove", set()).discard(number)
-            remove_unused(self)
-            answer = original(self, lora_request)
-            kept.add(number)
+            self._reft_to_remove.discard(number)
+            answer = original(self, msgspec.structs.replace(lora_request, load_inplace=replaces))
+            kept[number] = content
             return answer
 
         return add
@@ -121,7 +126,7 @@ def _serve_in_core() -> None:
         to_remove = core.__dict__.setdefault("_reft_to_remove", set())
         for number in [number for number in to_remove if not users(core, number)]:
             to_remove.remove(number)
-            core._reft_numbers.discard(number)
+            core._reft_contents.pop(number, None)
             core.model_executor.remove_lora(number)
 
     def remove_lora(original: Callable) -> Callable:
@@ -132,7 +137,7 @@ def _serve_in_core() -> None:
             if users(self, lora_id):
                 self._reft_to_remove.add(lora_id)
                 return True
-            self.__dict__.setdefault("_reft_numbers", set()).discard(lora_id)
+            self.__dict__.setdefault("_reft_contents", {}).pop(lora_id, None)
             return original(self, lora_id)
 
         return remove

@@ -221,6 +221,27 @@ def test_requests_keep_an_adapter_that_is_removed(server: Server, tmp_path: Path
     assert answers == [Reference(server.base, {"x": again}).answer(prompt, "x", TOKENS)[0]] * 2
 
 
+def test_a_removed_adapter_is_not_replaced_while_requests_use_it(server: Server, tmp_path: Path) -> None:
+    folder, (prompt,) = save_adapter(server.base, tmp_path / "removed", seed=5), prompts_of([60])
+    engine, number = server.engine.llm_engine, LoRARequest("removed", 305, str(tmp_path / "removed"))
+    expected = Reference(server.base, {"x": folder}).answer(prompt, "x", TOKENS)[0]
+    params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+    engine.add_request("first", {"prompt_token_ids": prompt}, params, lora_request=number)
+    engine.remove_lora(305)
+    engine.add_request("again", {"prompt_token_ids": prompt}, params, lora_request=number)  # the folder is as it was
+    engine.remove_lora(305)
+    save_adapter(server.base, tmp_path / "removed", seed=6)
+    with pytest.raises(ValueError, match="can't be replaced while 2 requests use it"):
+        engine.add_request("changed", {"prompt_token_ids": prompt}, params, lora_request=number)
+    answers = []
+    while engine.has_unfinished_requests():
+        answers += [list(one.outputs[0].token_ids) for one in engine.step() if one.finished]
+    assert answers == [expected] * 2
+    ((ids, _),) = ask(server.engine, [(prompt, number)], TOKENS)
+    assert ids == Reference(server.base, {"x": folder}).answer(prompt, "x", TOKENS)[0] != expected
+    engine.remove_lora(305)
+
+
 def test_adapters_do_not_share_a_number(server: Server, tmp_path: Path) -> None:
     lora, (prompt,) = save_lora(server.base, tmp_path / "lora"), prompts_of([40])
     ask(server.engine, [(prompt, LoRARequest("lora", 500, lora))], 1)
@@ -361,45 +382,3 @@ def test_layers_are_as_without_the_plugin_in_steps_with_nothing_to_edit(
     monkeypatch.setattr(EditedModel, "finish", noted)
     ask(server.engine, [(prompts_of([40])[0], server.requests["last"])], 4)
     assert seen == [[False, True, False], *[[False] * 3] * 3]  # the prefill, with an adapter of layer 1; decode steps
-
-
-# -- chunks, preemption, other families ------------------------------------------------------------------------------
-
-
-def test_chunked_prefill_and_preemption(tmp_path: Path) -> None:
-    adapters = {name: ADAPTERS[name] for name in ("loreft", "every", "all")}
-    server = Server(tmp_path, adapters, engine={"max_num_batched_tokens": 32, "max_num_seqs": 8, "max_loras": 4})
-    prompts = prompts_of(LENGTHS)
-    for _ in range(2):
-        server.check([(prompt, name) for prompt in prompts for name in (None, "loreft", "every")])
-    scheduler = server.engine.llm_engine.engine_core.engine_core.scheduler
-    schedule, steps, preempted = scheduler.schedule, iter(range(1_000_000)), []
-
-    def with_preemption(*args: Any, **kwargs: Any) -> Any:
-        if next(steps) % 3 == 2 and scheduler.running:
-            preempted.append(scheduler.running[-1].request_id)
-            scheduler.reset_prefix_cache()
-            scheduler._preempt_request(scheduler.running.pop(), 0.0)
-        return schedule(*args, **kwargs)
-
-    scheduler.schedule = with_preemption
-    server.check([(prompt, name) for prompt in prompts[4:] for name in (None, *adapters)])
-    assert len(preempted) > 10
-
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "Qwen2": {},
-    "Qwen3": {},
-    "Gemma2": {"query_pre_attn_scalar": 32, "initializer_range": 0.05, "sliding_window": 64},
-    "Cohere": {"initializer_range": 0.1},  # the first element of the pair is already the output
-    "Granite": {},  # a tensor alone
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families(tmp_path: Path, family: str) -> None:
-    server = Server(tmp_path, {"loreft": {}}, family, **FAMILIES[family])
-    asked = [(prompt, name) for prompt in prompts_of([1, 5, 33, 100, 210]) for name in (None, "loreft")]
-    assert server.changes(asked[-1][0], "loreft")
-    for _ in range(2):
-        server.check(asked)
