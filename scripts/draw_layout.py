@@ -82,7 +82,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
         "report",
         "extras",
     ),
-    "integrations": ("axolotl/", "lm_eval"),
+    "integrations": ("axolotl/", "lm_eval", "vllm/"),
     "peft_reft_autoload": ("run",),
     "peft_reft_cli": ("options", "positions", "evaluation", "convert", "environment", "__main__"),
 }
@@ -96,7 +96,7 @@ PURPOSES = {
     "tools": "around training",
     "conversion": "checkpoints of peers",
     "evaluation": "the paper's tasks",
-    "integrations": "training frameworks",
+    "integrations": "training and serving",
     "peft_reft_autoload": "import peft brings ReFT; peft-reft run",
     "peft_reft_cli": "the console command: --help imports nothing large",
 }
