@@ -48,8 +48,8 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     with FileLock(f"{out}.lock"):
         if not out.exists():
             unfinished, source = out.with_suffix(".unfinished"), out.with_suffix(".source")
-            made = (".git", ".venv*", ".*_cache", ".hypothesis", "*.egg-info", "__pycache__", "build", "dist", "outputs")
-            shutil.copytree(REPOSITORY, source, ignore=shutil.ignore_patterns(*made))
+            made = (".git", ".venv*", ".*_cache", "__pycache__", ".hypothesis", "*.egg-info", "build", "dist")
+            shutil.copytree(REPOSITORY, source, ignore=shutil.ignore_patterns(*made, "outputs"))
             run(sys.executable, "-m", "build", "--no-isolation", "--outdir", unfinished, source, cwd=root)
             unfinished.rename(out)
     (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
