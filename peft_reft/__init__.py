@@ -7,6 +7,7 @@ Importing this package registers ReFT with PEFT: `get_peft_model`, `PeftModel.fr
 from .tools.collator import ColumnsCollator, PromptLengthsCollator
 from .tools.explain import explain_positions
 from .tools.resuming import last_complete_checkpoint
+from .tools.strength import rescale_adapter_scale
 from .tools.trainers import serve_trainers
 from .tuner import ReftConfig, ReftLayer, ReftModel
 from .tuner.chat_template import find_response_template
@@ -22,6 +23,7 @@ __all__ = [
     "explain_positions",
     "find_response_template",
     "last_complete_checkpoint",
+    "rescale_adapter_scale",
 ]
 
 serve_trainers()

@@ -23,6 +23,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
         "targets",
         "layouts",
         "merging",
+        "strength",
         "nested",
         "chat_template",
         "rules",
@@ -58,7 +59,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
         "deferred_checks",
     ),
     "tuner/interventions": ("formulas", "apply", "orthogonal"),
-    "tools": ("collator", "explain", "formats", "resuming", "trainers"),
+    "tools": ("collator", "explain", "formats", "resuming", "strength", "trainers"),
     "conversion": (
         "from_pyreft",
         "to_pyreft",

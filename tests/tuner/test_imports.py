@@ -20,7 +20,7 @@ ROWS = [
     ["tuner.interventions"],
     ["tuner.parameters"],
     ["tuner.forward"],
-    ["tuner.peft_type", "tuner.nested", "tuner.merging", "tuner.layouts", "tuner.chat_template"],
+    ["tuner.peft_type", "tuner.nested", "tuner.merging", "tuner.layouts", "tuner.chat_template", "tuner.strength"],
     ["tuner.config"],
     ["tuner.layer", "tuner.targets", "tuner.rules"],
     ["tuner.model"],
