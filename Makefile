@@ -26,7 +26,7 @@ export HF_HUB_OFFLINE = 1
 export AXOLOTL_DO_NOT_TRACK = 1
 export PYTHON
 
-.PHONY: help env quickstart test canary bench lint format clean
+.PHONY: help env quickstart test site canary bench dist lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## say what there is
@@ -66,8 +66,19 @@ test: lint  ## check the code, then run the tests on STACK (TESTS=stack: those t
 	@echo "== pytest, stack $(STACK) on Python $(SERIES), $(TESTS) tests"
 	@OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" pytest -n $(CORES) --dist worksteal $(if $(filter stack,$(TESTS)),$(STACK_TESTS)) $(PYTEST_ARGS)
 
+site:  ## build the site of docs/ into outputs/site/html, with every warning and every broken link an error
+	@[ -x .venv-site/bin/python ] || $(PYTHON) -m venv .venv-site
+	@.venv-site/bin/python -m pip install -qq --disable-pip-version-check -r requirements/site.txt
+	@.venv-site/bin/python scripts/stage_site.py
+	@.venv-site/bin/zensical build --strict --clean
+
 canary:  ## run the central tests on the newest release of everything, unpinned, and say which one breaks them (CANARY_PRE=1: pre-releases)
 	@$(PYTHON) scripts/canary.py --workers $(CORES) $(if $(CANARY_PRE),--pre) $(CANARY_TESTS)
+
+dist: override STACK = newest
+dist: env  ## build the source distribution and the wheel into dist/, and check them as an index does
+	@rm -rf dist; $(BIN)/python -m build
+	@$(BIN)/python -m twine check --strict dist/*
 
 lint: env  ## ruff and mypy
 	@echo "== ruff and mypy, stack $(STACK)"
@@ -88,4 +99,4 @@ format: env  ## let ruff mend what it can
 	@$(BIN)/ruff format .
 
 clean:  ## remove the environments, outputs and caches
-	rm -rf .venv-axolotl* .venv-newest* .venv-canary outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv-axolotl* .venv-newest* .venv-canary .venv-site outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

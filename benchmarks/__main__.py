@@ -18,9 +18,11 @@ from .accuracy import TASKS, Runs, collect, table
 from .methods import SIZES, Setting
 from .pairs import Ratio, Worker, WorkerError, interleave
 from .report import markdown_table, plot_scaling, print_table, ratio_text, slope
+from .startup import cli
 
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+app.command()(cli)
 
 Pairs = Annotated[int, typer.Option(help="how many times each is run")]
 Out = Annotated[Path, typer.Option(help="folder for the JSON and the plots")]

@@ -1,10 +1,11 @@
 """The lm-evaluation-harness with ReFT adapters.
 
-    python -m peft_reft.integrations.lm_eval --model hf --model_args pretrained=...,peft=...
+    lm_eval --model hf --model_args pretrained=...,peft=...
+    python -m peft_reft.integrations.lm_eval ...       # where the autoload is switched off
 
 Importing this module registers ReFT with PEFT and patches the harness's model for transformers so that likelihood
-requests reach the adapter with the length of their prompts. The command line is the harness's own. From Python,
-`import peft_reft.integrations.lm_eval` before a model is made does the same.
+requests reach the adapter with the length of their prompts. peft_reft_autoload imports it once both peft_reft and the
+harness's model are imported.
 
 The harness scores a continuation by one forward over context and continuation, without labels. Nothing says where the
 context ends, so ReFT would take both for prompt and edit the end of the continuation. Here requests whose prompts have

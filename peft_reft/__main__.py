@@ -1,6 +1,6 @@
 """`python -m peft_reft` is `peft-reft`."""
 
-from .cli import main
+from peft_reft_cli import main
 
 
 main()

@@ -14,7 +14,8 @@ from pathlib import Path
 
 TARGET = Path(__file__).parents[1] / "docs" / "images" / "layout.svg"
 
-# Folder of peft_reft/ to its modules, __init__.py apart. "integrations" lies beside the package.
+# Folder of peft_reft/ to its modules, __init__.py apart. Three folders lie beside the package: integrations, and those
+# whose names begin with peft_reft_.
 FOLDERS: dict[str, tuple[str, ...]] = {
     "tuner": (
         "config",
@@ -26,6 +27,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
         "strength",
         "nested",
         "chat_template",
+        "card",
         "rules",
         "peft_type",
         "peft_api",
@@ -79,10 +81,11 @@ FOLDERS: dict[str, tuple[str, ...]] = {
         "scores",
         "evaluate",
         "report",
-        "commands",
         "extras",
     ),
     "integrations": ("axolotl/", "lm_eval"),
+    "peft_reft_autoload": ("run",),
+    "peft_reft_cli": ("options", "positions", "evaluation", "convert", "environment", "__main__"),
 }
 # What a folder is for, in a line.
 PURPOSES = {
@@ -95,6 +98,8 @@ PURPOSES = {
     "conversion": "checkpoints of peers",
     "evaluation": "the paper's tasks",
     "integrations": "training frameworks",
+    "peft_reft_autoload": "import peft brings ReFT; peft-reft run",
+    "peft_reft_cli": "the console command: --help imports nothing large",
 }
 # What a forward does, and in which folder. The last three happen in every layer.
 ROAD = (
@@ -163,7 +168,9 @@ def folder(name: str, x: float, y: float, width: float, height: float, fill: str
 
 def folders() -> list[str]:
     """The upper part: who imports whom, always downwards."""
-    drawn = folder("integrations", 20, 16, 920, 70, COLOURS["above"])
+    drawn = folder("integrations", 20, 16, 180, 70, COLOURS["above"])
+    drawn += folder("peft_reft_autoload", 220, 16, 290, 70, COLOURS["above"])
+    drawn += folder("peft_reft_cli", 530, 16, 410, 70, COLOURS["above"])
     for index, name in enumerate(("tools", "conversion", "evaluation")):
         x = 20 + 310 * index
         drawn += folder(name, x, 112, 300, 112, COLOURS["above"])

@@ -1,6 +1,6 @@
-"""The YAML keys of the plugin, and how they and the LoRA keys become a ReftConfig.
+"""The YAML keys that the plugin adds to axolotl's config, and their validation within axolotl's own.
 
-This module translates and checks. It knows axolotl's keys and ReftConfig's fields, and nothing of models.
+What the keys mean stands in keys.py, which needs neither axolotl nor pydantic.
 """
 
 from __future__ import annotations
@@ -20,35 +20,10 @@ from pydantic import (
 from pydantic_core import core_schema
 
 from peft_reft import ReftConfig
-from peft_reft.tuner.config import own_fields
 from peft_reft.tuner.interventions.formulas import INTERVENTIONS
 
+from .keys import BLOCK_FIELDS, OWN_FIELDS, reft_config
 from .validation import is_reft, own_name, refuse_unknown_prompts, validated_as_lora
-
-
-# LoRA keys that mean the same for ReFT -> the field of ReftConfig that each one sets.
-SHARED_KEYS = {
-    "lora_r": "r",
-    "lora_dropout": "dropout",
-    "lora_modules_to_save": "modules_to_save",
-    "peft_layers_to_transform": "layers_to_transform",
-    "peft_layers_pattern": "layers_pattern",
-    "peft_trainable_token_indices": "trainable_token_indices",
-}
-# LoRA keys that are about loading, the same for every adapter.
-LOADING_KEYS = {"lora_model_dir", "lora_on_cpu", "peft_autocast_adapter_dtype"}
-# Keys of LoRA alone. `peft:` holds LoftQ's settings, and nvfp4_merge_aware is about LoRA's matrices.
-LORA_PREFIXES = ("lora_", "peft_", "loraplus_", "qlora_", "nvfp4_merge_aware")
-LORA_KEYS = {"peft"}
-
-
-# Fields that neither a LoRA key nor the `reft:` block sets.
-SET_ELSEWHERE = {
-    "intervention",  # by adapter:
-    "tokenizer_name_or_path",  # by tokenizer_config:
-    "width",  # by the model
-    "subspaces",  # not yet: no row of axolotl's datasets can name one
-}
 
 
 def _validate(data: Any, validate: Callable[[Any], Any]) -> Any:
@@ -91,8 +66,6 @@ def _optional(name: str, help_text: str) -> tuple[Any, Any]:
     return Optional[get_type_hints(ReftConfig)[name]], Field(default=None, description=help_text)
 
 
-OWN_FIELDS = own_fields()
-BLOCK_FIELDS = [name for name in OWN_FIELDS if name not in {*SHARED_KEYS.values(), *SET_ELSEWHERE}]
 ReftBlock = create_model(
     "ReftBlock",
     __base__=_Block,
@@ -142,38 +115,3 @@ def _check_merge(cfg: Any, config: ReftConfig) -> None:
             f"merge_method: {method or 'memory_efficient'} adds up LoRA's matrices file by file, and knows no other "
             "adapter. Nothing was written. Set merge_method: legacy, which has PEFT merge the loaded model."
         )
-
-
-def reft_config(cfg: Any, task_type: str | None = None) -> ReftConfig:
-    """The ReftConfig that a YAML asks for.
-
-    Args:
-        cfg: axolotl's config, or anything with its keys as attributes.
-        task_type (`str`, *optional*): PEFT's task type.
-
-    Raises:
-        ValueError: for values that ReftConfig refuses, with the YAML key's name.
-    """
-    settings: dict[str, Any] = {field: getattr(cfg, key, None) for key, field in SHARED_KEYS.items()}
-    block = getattr(cfg, "reft", None)
-    if block is not None:
-        settings.update({field: getattr(block, field, None) for field in BLOCK_FIELDS})
-    settings = {field: value for field, value in settings.items() if value is not None}
-    tokenizer = getattr(cfg, "tokenizer_config", None)
-    if "response_template" in settings and tokenizer and tokenizer != getattr(cfg, "base_model", None):
-        settings["tokenizer_name_or_path"] = tokenizer
-    try:
-        return ReftConfig(intervention=cfg.adapter, task_type=task_type, **settings)
-    except ValueError as error:
-        keys = ", ".join(f"{key} sets {field}" for key, field in SHARED_KEYS.items() if field in settings)
-        raise ValueError(f"{error} (In this YAML, adapter sets intervention, {keys}.)") from error
-
-
-def _of_lora_alone(key: str) -> bool:
-    return key in LORA_KEYS or key.startswith(LORA_PREFIXES)
-
-
-def meaningless_keys(cfg: Any) -> list[str]:
-    """The LoRA keys of a YAML that have no meaning for ReFT."""
-    known = {*SHARED_KEYS, *LOADING_KEYS}
-    return sorted(key for key, value in cfg.items() if _of_lora_alone(key) and key not in known and value)

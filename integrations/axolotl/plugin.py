@@ -21,7 +21,7 @@ from peft_reft.tuner.forward.transformers_api import text_template
 from peft_reft.tuner.interventions.formulas import INTERVENTIONS
 
 from . import axolotl_api
-from .args import meaningless_keys, reft_config
+from .keys import meaningless_keys, reft_config
 from .template import find_template
 from .validation import TOLD_BY_COLLATOR, about_learning_rate, is_reft, own_name
 

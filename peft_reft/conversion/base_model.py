@@ -183,9 +183,15 @@ def load_base_model(base_model: str, task_type: str | None = None, model_class: 
             the base model's own config names.
 
     Raises:
-        ValueError: when transformers has no such class, naming the task and the model.
+        ValueError: when there is no such model, or when transformers has no such class, naming the task and the model.
     """
-    config = AutoConfig.from_pretrained(base_model)
+    try:
+        config = AutoConfig.from_pretrained(base_model)
+    except OSError as error:
+        raise ValueError(
+            f"base_model={base_model!r}: neither a folder with a config.json here nor a model that the Hub gives. "
+            "Give the base model's folder or hub name (--base-model)."
+        ) from error
     if task_type is not None:
         allowed = [task.value for task in _CLASSES_OF_TASK]
         if task_type not in allowed:

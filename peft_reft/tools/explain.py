@@ -5,11 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
-from rich.console import Console
-from rich.text import Text
 from torch import Tensor, nn
 
 from ..tuner.config import ReftConfig
@@ -17,6 +15,10 @@ from ..tuner.forward.context import ForwardContext
 from ..tuner.positions.batch import Batch, select_tokens
 from ..tuner.positions.prompts import IGNORED_LABEL
 from ..tuner.positions.spec import Rules
+
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 
 STYLES = {"F": "bold green", "L": "bold magenta", "prompt": "", "answer": "dim"}
@@ -82,6 +84,10 @@ class ExplainedSequence:
 
     def __rich__(self) -> Text:
         """The text that `explain_positions` prints: edited tokens as F[...] and L[...], » and « around answers."""
+        from rich.text import (
+            Text,
+        )  # here and below: an import of PEFT imports this module, and few processes show tokens
+
         text = Text(f"row {self.row}, tokens {self.begin} to {self.begin + len(self.ids) - 1}; ", style="bold")
         text.append(SOURCES.get(self.source, f"the prompt is told by {self.source}") + "\n  ", style="not bold")
         was_prompt = True
@@ -142,6 +148,8 @@ def explain_positions(
     assert given is not None
     explained = _explain(rules, given, tokenizer)
     if not quiet:
+        from rich.console import Console
+
         console = Console(file=file or sys.stdout, highlight=False, soft_wrap=True, markup=False)
         console.print(f"positions={config.positions!r}. {LEGEND}")
         for sequence in explained:

@@ -21,7 +21,7 @@ ALPACA = (
 TEMPLATES = {
     "chat": "`messages` (or `conversations`), by the tokenizer's chat template; the assistant's turns are answers",
     "alpaca": "`instruction`, `input` and `output`, as Alpaca words them",
-    "completion": "`prompt` and `completion`",
+    "completion": "`prompt` and `completion`, as texts or as messages",
     "text": "`text`, without an answer",
 }
 
@@ -62,6 +62,40 @@ def alpaca_prompt(instruction: str, given: str = "") -> str:
     )
 
 
+# Template to the fields that a row must have for it: one of each group.
+_FIELDS = {
+    "chat": (("messages", "conversations"),),
+    "alpaca": (("instruction",), ("output",)),
+    "completion": (("prompt",), ("completion",)),
+    "text": (("text",),),
+}
+
+
+def template_of(row: dict[str, Any]) -> str:
+    """The template whose fields a row has.
+
+    Args:
+        row (`dict`): The row.
+
+    Returns:
+        `str`: A name in `TEMPLATES`.
+
+    Raises:
+        ValueError: when the row has the fields of no template, or of several.
+    """
+    fitting = [name for name, groups in _FIELDS.items() if all(any(map(row.__contains__, group)) for group in groups)]
+    if len(fitting) == 1:
+        return fitting[0]
+    has = f"A row has the fields {', '.join(row)}"
+    if fitting:
+        raise ValueError(f"{has}, which fit the templates {', '.join(fitting)}. Say which with --template.")
+    known = "; ".join(f"{name}: {what}" for name, what in TEMPLATES.items())
+    raise ValueError(
+        f"{has}, which no template reads ({known}). Give --template a text of your own with fields in braces and |> "
+        "where the answer begins: 'Q: {question} A:|> {answer}'."
+    )
+
+
 def encode_row(row: dict[str, Any], template: str, tokenizer: Any) -> dict[str, list[int]]:
     """Tokens and labels of a row.
 
@@ -85,6 +119,8 @@ def encode_row(row: dict[str, Any], template: str, tokenizer: Any) -> dict[str, 
         if template == "alpaca":
             prompt = alpaca_prompt(row["instruction"], row.get("input") or "")
             return _encode_answer(prompt, row["output"], tokenizer)
+        if template == "completion" and isinstance(row["prompt"], list):
+            return _encode_last_turns(row["prompt"], row["completion"], tokenizer)
         if template == "completion":
             return _encode_answer(row["prompt"], row["completion"], tokenizer)
         if "|>" in template:
@@ -122,18 +158,30 @@ def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any) -> dict[str, li
     """Tokens of a conversation. An answer is what the chat template adds for an assistant's message, without the
     opening of the turn (its generation prompt)."""
     messages = [_with_usual_names(message) for message in messages]
-
-    def render(count: int, opened: bool) -> list[int]:
-        text = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=opened)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    input_ids = render(len(messages), False)
+    input_ids = _render(messages, tokenizer)
     labels = [IGNORED_LABEL] * len(input_ids)
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            begin, end = _common(render(index, True), input_ids), _common(render(index + 1, False), input_ids)
+            begin = _common(_render(messages[:index], tokenizer, opened=True), input_ids)
+            end = _common(_render(messages[: index + 1], tokenizer), input_ids)
             labels[begin:end] = input_ids[begin:end]
     return {"input_ids": input_ids, "labels": labels}
+
+
+def _encode_last_turns(
+    prompt: list[dict[str, Any]], completion: list[dict[str, Any]], tokenizer: Any
+) -> dict[str, list[int]]:
+    """Tokens of a conversation whose last messages are the completion. All before these is prompt, earlier answers
+    too."""
+    input_ids = _render([*prompt, *completion], tokenizer)
+    begin = _common(_render(prompt, tokenizer, opened=True), input_ids)
+    return {"input_ids": input_ids, "labels": [IGNORED_LABEL] * begin + input_ids[begin:]}
+
+
+def _render(messages: list[dict[str, Any]], tokenizer: Any, opened: bool = False) -> list[int]:
+    """Tokens of messages by the chat template. `opened`: with the opening of an answer behind them."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _with_usual_names(message: dict[str, Any]) -> dict[str, Any]:

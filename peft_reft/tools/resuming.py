@@ -14,7 +14,6 @@ import zipfile
 from pathlib import Path
 
 from safetensors import safe_open
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
@@ -47,6 +46,8 @@ def _step(folder: Path) -> int:
 
 def _fault(folder: Path) -> str | None:
     """Why a checkpoint is incomplete. None: it is complete."""
+    from transformers.trainer import TRAINER_STATE_NAME  # here, because Trainer takes a second to import
+
     if not (folder / TRAINER_STATE_NAME).exists():
         return f"it has no {TRAINER_STATE_NAME}, which is written last"
     # A checkpoint written over an earlier one of the same step still has that one's trainer state while it is written:

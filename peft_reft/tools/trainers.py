@@ -3,18 +3,24 @@
 Trainer, and TRL's and axolotl's, which derive from it, drop dataset columns that the base model's forward does not
 name, and have no entry point for plugins. So `serve_trainers` wraps three methods of Trainer, once in a process. A
 Trainer gets a callback that logs the rows without a token to edit at the end of each epoch, dataset columns that
-only ReFT reads (`REFT_ARGUMENTS`) reach the model, and the response template that an adapter asks for is found by the
-Trainer's tokenizer. A Trainer whose model has no ReFT adapter stays as it is.
+only ReFT reads (`REFT_ARGUMENTS`) reach the model, the response template that an adapter asks for is found by the
+Trainer's tokenizer, and the model cards that Trainers write over PEFT's say how to load the adapter. A Trainer whose
+model has no ReFT adapter stays as it is.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+from pathlib import Path
 from typing import Any
 
+from peft.utils import CONFIG_NAME
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..tuner.card import CARD, introduce
+from ..tuner.config import ReftConfig
 from ..tuner.forward.context import ForwardContext
 from ..tuner.positions.batch import REFT_ARGUMENTS
 from ..tuner.positions.unedited import counted
@@ -77,9 +83,32 @@ def _serving(init: Any) -> Any:
             names = [name for name, _ in next(iter(subspaces))] if len(subspaces) == 1 else None
             kept = getattr(trainer.args, "truncation_mode", "keep_start") if _by_completion(context) else None
             trainer.data_collator = ColumnsCollator(trainer.data_collator, names, kept)
+            trainer.create_model_card = _introducing(trainer)  # type: ignore[method-assign]
 
     make._serves_reft = True  # type: ignore[attr-defined]
     return make
+
+
+def _introducing(trainer: Any) -> Any:
+    """The Trainer's `create_model_card`, which introduces the trained adapter, too. At each checkpoint TRL writes a
+    card for the folder above it."""
+    create = trainer.create_model_card
+
+    @functools.wraps(create)
+    def create_model_card(*args: Any, **kwargs: Any) -> None:
+        create(*args, **kwargs)
+        configs = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {}).values()
+        config = next((config for config in configs if isinstance(config, ReftConfig)), None)
+        folder = Path(trainer.args.output_dir)
+        if config is None or not trainer.is_world_process_zero() or not (folder / CARD).exists():
+            return
+        if (folder / CONFIG_NAME).exists():
+            introduce(folder, config, trainer.hub_model_id)
+        else:  # TRL writes the card just before the checkpoint
+            checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+            introduce(folder, config, trainer.hub_model_id or checkpoint, folder / checkpoint)
+
+    return create_model_card
 
 
 def _by_completion(context: ForwardContext) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, Literal, Optional, TypeVar, Union
 
 from peft import PeftConfig, TaskType
 
+from .card import introduce
 from .chat_template import AUTO, FoundTemplate, search_with
 from .forward.transformers_api import ACT2FN, end_ids, text_template
 from .interventions.formulas import INTERVENTIONS
@@ -23,6 +24,7 @@ from .peft_type import NAME, add_peft_type
 from .positions.spec import PositionSpec, Rules
 from .positions.template import IdTemplate, TextTemplate
 from .strength import is_strength
+from .versions import installed
 
 
 # The tasks whose labels are the tokens of answers. Those of other tasks are classes.
@@ -34,6 +36,8 @@ T = TypeVar("T", bound=type)
 # The number of the format in which configs are saved. A version that adds a field by which an adapter edits otherwise
 # raises it, and saves it as `reft_format`, so that older versions refuse what they would misread.
 FORMAT = SCALE_FORMAT = 1  # 1: `scale`
+# The key of a saved config that names this package. Nothing reads it: whoever opens the file learns what to install.
+LIBRARY = "library"
 
 
 class UnusableConfig(ValueError, TypeError):
@@ -50,6 +54,7 @@ def _refuses_later_formats(config_class: T) -> T:
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         known = {field.name for field in fields(config_class)}
+        kwargs.pop(LIBRARY, None)
         unknown = {
             key: value for key, value in kwargs.items() if key not in known and value not in (None, False, [], {}, "")
         }
@@ -336,7 +341,8 @@ class ReftConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the config. PEFT calls this after it has saved the weights, in the same folder.
 
-        A warning says so where the weights are a pickle (`safe_serialization=False`).
+        The folder's model card gets a section that says how to load the adapter. A warning says so where the weights
+        are a pickle (`safe_serialization=False`).
         """
         super().save_pretrained(save_directory, **kwargs)
         saved = [
@@ -348,6 +354,8 @@ class ReftConfig(PeftConfig):
                 "that may hold code, which many tools refuse to read. It is read with weights_only=True, which runs "
                 f"none. Leave safe_serialization=False out to save {SAFETENSORS_WEIGHTS_NAME}."
             )
+        if any(saved):
+            introduce(save_directory, self)
 
     @property
     def spec(self) -> PositionSpec:
@@ -419,10 +427,15 @@ class ReftConfig(PeftConfig):
         return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module_name), self.r)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as they are saved. `subspaces` becomes a list of pairs: PEFT sorts the keys of dictionaries, and
-        the order of the subspaces decides which directions each has. `scale` is left out where it is 1, and is else
-        marked as a field that older versions must not pass over."""
+        """The fields as they are saved, and the name of this package. `subspaces` becomes a list of pairs: PEFT sorts
+        the keys of dictionaries, and the order of the subspaces decides which directions each has. `scale` is left out
+        where it is 1, and is else marked as a field that older versions must not pass over."""
         fields = super().to_dict()
+        fields[LIBRARY] = {
+            "name": "peft-reft",
+            "version": installed("peft-reft"),
+            "install": "pip install peft-reft",
+        }
         if fields["scale"] == 1:
             del fields["scale"]
         else:

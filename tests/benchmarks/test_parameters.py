@@ -6,12 +6,16 @@ import json
 import re
 
 import pytest
+import torch
 from paths import REPOSITORY
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
 from benchmarks.parameters import count, published, table
 from benchmarks.report import markdown_table
+from peft_reft import ReftConfig
 
 
 ROWS = list(published())
@@ -87,3 +91,34 @@ def test_the_command_and_the_page(tmp_path):
     assert [one["paper"] for one in found] == [row.percent for row in ROWS]
     assert re.search(r"LLaMA-13B.*3,277,120.*0\.025", done.output)
     assert markdown_table(*table(found)) in PAGE
+
+
+# Width, layers, inner width, width of keys and values.
+BASES = {"Llama-3.2-1B": (2048, 16, 8192, 512), "SmolLM2-135M": (576, 30, 1536, 192)}
+
+
+@pytest.mark.parametrize("base, shared", [("Llama-3.2-1B", False), ("Llama-3.2-1B", True), ("SmolLM2-135M", False)])
+def test_how_many_times_fewer_than_lora_at_the_same_rank(base, shared):
+    """What README and docs/results.md say, counted on models of these sizes without weights."""
+    width, layers, inner, keys = BASES[base]
+    sizes = LlamaConfig(
+        hidden_size=width, num_hidden_layers=layers, intermediate_size=inner, num_attention_heads=width // 64,
+        num_key_value_heads=keys // 64, vocab_size=64,
+    )  # fmt: skip
+    lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    reft = ReftConfig(r=8, share_weights=shared, task_type="CAUSAL_LM")
+    counts = []
+    for config in (lora, reft):
+        with torch.device("meta"):
+            model = get_peft_model(LlamaForCausalLM(sizes), config)
+        counts.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
+    ratio = f"{counts[0] / counts[1]:.1f}"
+    name = {False: f"| {base}, the smol" if "Smol" in base else f"| {base}, README", True: f"| {base}, the same"}[
+        shared
+    ]
+    (line,) = (line for line in PAGE.splitlines() if line.startswith(name))
+    assert line.endswith(f"| {ratio} |")
+    if base == "Llama-3.2-1B":
+        readme = (REPOSITORY / "README.md").read_text()
+        said = f"{ratio} with `share_weights: true`" if shared else f"{counts[1]:,} parameters where LoRA trained"
+        assert said in readme and f"trained {counts[0]:,}: 5.4 times fewer" in readme

@@ -28,10 +28,10 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from peft_reft.cli import app
 from peft_reft.conversion import convert_pyreft, export_pyreft
 from peft_reft.conversion.householder import basis_of, parameters_of
 from peft_reft.conversion.pyvene_places import Place, place_of
+from peft_reft_cli import app
 
 
 TOLERANCE = 1e-6
@@ -81,6 +81,7 @@ def test_the_adapters_librarys_own_logits_and_tokens(name, tmp_path):
 def test_an_ordinary_adapter_directory(tmp_path):
     done = from_pyreft(PYREFT["loreft.untied"], tmp_path / "adapter")
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]

@@ -16,11 +16,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from typer.testing import CliRunner
 
 from peft_reft import ReftConfig
-from peft_reft.cli import app
 from peft_reft.evaluation.classify import classify
 from peft_reft.evaluation.generate import encode_prompts, in_batches
 from peft_reft.evaluation.models import Generators, fingerprint, read_adapters
 from peft_reft.evaluation.report import means
+from peft_reft_cli import app
 
 
 pytest.importorskip("sklearn")
@@ -272,9 +272,20 @@ def test_an_adapter_without_a_head_has_no_score(classifiers):
     assert [one["note"] for one in json.loads(out.read_text())["results"]] == ["untrained head"] * 2
 
 
+def test_results_as_json(folder):
+    """Standard output holds the JSON alone, which is what --out writes."""
+    out = folder / "train.json"
+    places = ["--data-dir", folder, "--out", out]
+    done = CliRunner().invoke(app, [*map(str, ("prepare", "mawps", *places, "--json"))])
+    assert json.loads(done.stdout) == {"file": str(out), "examples": 5, "tasks": ["mawps"], "split": "train"}
+    arguments = ("evaluate", "mawps", "--base", folder / "base", *places, "--max-new-tokens", 2, "--json")
+    done = CliRunner().invoke(app, [*map(str, arguments)])
+    assert json.loads(done.stdout) == json.loads(out.read_text())
+
+
 def test_errors(folder):
     for arguments, message in (
-        (["--adapter", folder / "none"], "there is no adapter to read"),
+        (["--adapter", folder / "none"], "--adapter .*none: there is no such folder"),
         (["--adapter", folder / "lora"], "'lora' is taken or empty"),
         (["--adapter", f"base={folder / 'lora'}"], "'base' is taken or empty"),
     ):

@@ -49,7 +49,8 @@ def validated(path: Path, **overrides):
 
 
 def reft_config(cfg) -> ReftConfig:
-    from peft_reft.integrations.axolotl.args import ReftBlock, reft_config
+    from peft_reft.integrations.axolotl.args import ReftBlock
+    from peft_reft.integrations.axolotl.keys import reft_config
 
     if isinstance(cfg.reft, dict):
         cfg.reft = ReftBlock(**cfg.reft)

@@ -289,7 +289,7 @@ def test_reft_block_and_other_keys(folder):
 
 
 def test_tokens_that_lora_would_train_are_trained():
-    from peft_reft.integrations.axolotl.args import reft_config
+    from peft_reft.integrations.axolotl.keys import reft_config
 
     yaml_keys = SimpleNamespace(adapter="loreft", lora_r=4, peft_trainable_token_indices=[5, 6])
     assert reft_config(yaml_keys).trainable_token_indices == [5, 6]

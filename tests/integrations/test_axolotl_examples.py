@@ -82,7 +82,7 @@ def test_an_unknown_name_of_the_family(name):
 
 
 def test_loftq_is_named():
-    from peft_reft.integrations.axolotl.args import meaningless_keys
+    from peft_reft.integrations.axolotl.keys import meaningless_keys
 
     yaml_keys = {"adapter": "loreft", "peft": {"loftq_config": {"loftq_bits": 4}}, "nvfp4_merge_aware": True}
     assert meaningless_keys(yaml_keys) == ["nvfp4_merge_aware", "peft"]

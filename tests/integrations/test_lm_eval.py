@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 
 import pytest
 import torch
 from models import chat_model, randomize, tokenizer
 from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
 from peft_reft import ReftConfig
 
@@ -117,3 +120,30 @@ def test_command_line(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         integration.main()
     assert "lm-eval" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_harness_is_told_in_a_process_that_knows_nothing_of_reft(tmp_path):
+    """Its Python API with `peft=`, without an import of peft_reft or of the integration."""
+    chat_model().save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, ReftConfig(r=2, positions="f2+l2", task_type="CAUSAL_LM"))
+    randomize(model)
+    model.save_pretrained(tmp_path / "adapter")
+    base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
+    code = f"""
+import sys, json
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+assert "peft_reft" not in sys.modules and "peft" not in sys.modules
+lm = HFLM(pretrained={base!r}, peft={adapter!r}, dtype="float32", device="cpu", batch_size=3)
+requests = json.loads({json.dumps(REQUESTS)!r})
+instances = [Instance("loglikelihood", {{}}, tuple(one), number) for number, one in enumerate(requests)]
+print(json.dumps([value for value, _ in lm.loglikelihood(instances, disable_tqdm=True)]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lm = HFLM(pretrained=model.eval(), tokenizer=tokenizer(), batch_size=3, max_length=64)
+    expected = [by_hand(lm, *request) for request in REQUESTS]
+    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(expected, abs=1e-4)

@@ -255,7 +255,8 @@ def test_from_lora_in_axolotl():
     assert changed == {"adapter", "plugins", "learning_rate"} and lora["adapter"] == "lora"
     (block,) = blocks("From LoRA in axolotl", "yaml")
     pytest.importorskip("axolotl", reason="needs the extra `axolotl`")
-    from peft_reft.integrations.axolotl.args import LOADING_KEYS, SHARED_KEYS, ReftBlock, meaningless_keys, reft_config
+    from peft_reft.integrations.axolotl.args import ReftBlock
+    from peft_reft.integrations.axolotl.keys import LOADING_KEYS, SHARED_KEYS, meaningless_keys, reft_config
 
     config = reft_config(SimpleNamespace(**reft))
     assert (config.intervention, config.r, config.dropout, config.positions) == ("loreft", 8, 0.05, "f7+l7")

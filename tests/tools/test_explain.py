@@ -210,7 +210,7 @@ def test_positions_of_an_adapter(folder):
     ],
 )
 def test_positions_of_a_dataset(folder, template, file, expected, capsys, monkeypatch):
-    from peft_reft.cli import main
+    from peft_reft_cli import main
 
     monkeypatch.chdir(folder)
     arguments = ["positions", "config.json", "--tokenizer", "base", "--dataset", file, "--template", template]
@@ -243,7 +243,7 @@ def test_positions_of_a_dataset(folder, template, file, expected, capsys, monkey
     ],
 )
 def test_mistakes_are_one_line(folder, arguments, message, capsys, monkeypatch):
-    from peft_reft.cli import main
+    from peft_reft_cli import main
 
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["peft-reft", "positions", *arguments])

@@ -287,7 +287,9 @@ print(type(pipeline("text-generation", model=folder).model.model.layers[0]).__na
 
 
 @pytest.mark.slow
-def test_in_a_process_of_its_own_all_it_takes_is_the_import(directory):
+def test_in_a_process_of_its_own_an_import_is_needed_where_the_autoload_is_off(directory, monkeypatch):
+    """Where it is on, none is: tests/autoload/test_installed.py."""
+    monkeypatch.setenv("PEFT_REFT_AUTOLOAD", "0")
     for first, expected in (("import peft_reft", "ReftLayer\nReftLayer\n"), ("", None)):
         script = [sys.executable, "-c", SCRIPT.format(first=first), directory[0]]
         run = subprocess.run(script, capture_output=True, text=True)

@@ -20,7 +20,15 @@ ROWS = [
     ["tuner.interventions"],
     ["tuner.parameters"],
     ["tuner.forward"],
-    ["tuner.peft_type", "tuner.nested", "tuner.merging", "tuner.layouts", "tuner.chat_template", "tuner.strength"],
+    [
+        "tuner.peft_type",
+        "tuner.nested",
+        "tuner.merging",
+        "tuner.layouts",
+        "tuner.chat_template",
+        "tuner.strength",
+        "tuner.card",
+    ],
     ["tuner.config"],
     ["tuner.layer", "tuner.targets", "tuner.rules"],
     ["tuner.model"],
@@ -28,8 +36,9 @@ ROWS = [
     ["tools", "conversion", "evaluation"],
     [""],  # peft_reft/__init__
     ["integrations"],
-    ["cli", "__main__"],
+    ["__main__"],
 ]
+CLI = "peft_reft_cli"  # beside the package: stands on all of it, and only __main__ knows it
 FOLDERS = ("tools", "conversion", "evaluation")
 BESIDE = {("evaluation", "tools"), ("evaluation", "conversion")}  # data formats, and files of adapters
 # What the tensor-only folders may import of other libraries, beside torch, numpy and the standard library.
@@ -79,6 +88,8 @@ def faults(root: Path) -> list[str]:
     for module, file in files.items():
         for line, origin, name in imports_of(file, module):
             where = f"{file.relative_to(root)}:{line}"
+            if origin.partition(".")[0] == CLI and module != "__main__":
+                found.append(f"{where} imports upward: {CLI}")
             if origin.partition(".")[0] == "peft_reft":
                 target = origin.removeprefix("peft_reft").lstrip(".")
                 inner = f"{target}.{name}".lstrip(".")
@@ -138,6 +149,7 @@ def test_no_import_breaks_a_rule():
         ),
         ("tuner/positions/prompts.py", "from .batch import Batch", "tuner.positions.prompts is in a circle"),
         ("tools/collator.py", "from ..integrations import axolotl", "imports upward: integrations"),
+        ("tools/explain.py", "from peft_reft_cli.options import TASKS", "imports upward: peft_reft_cli"),
         ("tools/explain.py", "from ..conversion.files import Path", "goes from tools to conversion"),
     ],
 )

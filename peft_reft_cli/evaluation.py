@@ -1,4 +1,4 @@
-"""The console commands `peft-reft prepare` and `peft-reft evaluate`."""
+"""`peft-reft prepare` and `peft-reft evaluate`: the paper's tasks."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import sys
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .data import read_examples
-from .evaluate import Settings
-from .evaluate import evaluate as run
-from .models import read_adapters
-from .report import print_table, write_json, write_lines
-from .tasks import GenerationTask, Task, describe_tasks, find_tasks
+from .options import Json, check_model, check_tasks, complete_task, describe_tasks, print_json
 
 
-Names = Annotated[list[str], typer.Argument(help=f"Tasks or families of tasks. {describe_tasks()}")]
+if TYPE_CHECKING:
+    from peft_reft.evaluation.tasks import Task
+
+
+Names = Annotated[
+    list[str],
+    typer.Argument(
+        help=f"Tasks or families of tasks. {describe_tasks()}", autocompletion=complete_task, callback=check_tasks
+    ),
+]
 DataDir = Annotated[
     Path | None,
     typer.Option(help="A folder with the tasks' files, such as LLM-Adapters' dataset/ or ft-training_set/."),
@@ -44,19 +48,34 @@ def prepare(
     split: Annotated[str, typer.Option(help="Which part of each task.")] = "train",
     limit: Limit = None,
     seed: Seed = 42,
+    as_json: Json = False,
 ) -> None:
-    """Write prompts and completions to train on, with the prompts that `evaluate` gives."""
+    """Write the paper's tasks as data to train on.
+
+    The prompts are those that `evaluate` gives.
+    """
+    from peft_reft.evaluation import find_tasks
+    from peft_reft.evaluation.report import write_lines
+
     found = find_tasks(tasks)
-    lines = [line for task in found for line in _completions(task, split, data_dir, hub, limit, seed)]
-    typer.echo(
-        f"{out}: {write_lines(lines, out)} examples of {', '.join(task.name for task in found)}, split {split!r}"
+    # All rows are read before the file is written, so that a row that can't be used leaves no half of it.
+    count = write_lines(
+        [line for task in found for line in _completions(task, split, data_dir, hub, limit, seed)], out
     )
+    names = [task.name for task in found]
+    if as_json:
+        print_json({"file": out, "examples": count, "tasks": names, "split": split})
+    else:
+        typer.echo(f"{out}: {count} examples of {', '.join(names)}, split {split!r}")
 
 
 def _completions(
     task: Task, split: str, data_dir: Path | None, hub: str | None, limit: int | None, seed: int
 ) -> Iterator[dict[str, str]]:
     """Prompt and completion of each row of a task."""
+    from peft_reft.evaluation import read_examples
+    from peft_reft.evaluation.tasks import GenerationTask
+
     if not isinstance(task, GenerationTask):
         raise ValueError(
             f"{task.name} is for a classifier, which is trained on its rows as they are: "
@@ -93,15 +112,28 @@ def evaluate(
         typer.Option(min=1, help="How many tokens an answer may have. Left out: as the paper's set-up has it."),
     ] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="What the base is loaded in. auto: as its checkpoint says.")
+        Dtype, typer.Option(help="What the base is loaded in: auto (as its checkpoint says), float32 or bfloat16.")
     ] = Dtype.auto,
     out: Annotated[Path | None, typer.Option(help="A JSON file for the results.")] = None,
     outputs: Annotated[Path | None, typer.Option(help="A folder for every prompt and its answer.")] = None,
     with_base: Annotated[
         bool, typer.Option("--base-too/--no-base", help="Whether to evaluate the base by itself too.")
     ] = True,
+    as_json: Json = False,
 ) -> None:
-    """Evaluate a base model and adapters on it, side by side, on the same examples."""
+    """Evaluate a base and its adapters, side by side.
+
+    All answer the same examples. The table has a 95 % interval for each score.
+    """
+    check_model("--base", base)
+    for text in adapter or ():
+        check_model(
+            "--adapter", text if Path(text).exists() else text.partition("=")[2] or text, "adapter_config.json"
+        )
+    from peft_reft.evaluation import Settings, find_tasks, read_adapters, read_examples
+    from peft_reft.evaluation import evaluate as run
+    from peft_reft.evaluation.report import print_table, write_json
+
     found = find_tasks(tasks, training_sets=False)
     examples = [(task, read_examples(task, split, data_dir, hub, limit, seed)) for task in found]
     adapters = read_adapters(adapter or ())
@@ -114,4 +146,7 @@ def evaluate(
     }
     if out is not None:
         write_json(report, out)
-    print_table(report)
+    if as_json:
+        print_json(report)
+    else:
+        print_table(report)

@@ -1,0 +1,124 @@
+"""`peft-reft positions`: which tokens an adapter edits, or would edit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import TEMPLATES, Json, check_model, complete_template, naming, print_json
+
+
+if TYPE_CHECKING:
+    from peft_reft import ReftConfig
+
+
+def positions(
+    adapter_or_config: Annotated[
+        Path,
+        typer.Argument(
+            help="An adapter's folder or hub name, a JSON file of ReftConfig's fields, or an axolotl YAML."
+        ),
+    ],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="The tokenizer's folder or hub name. Left out: that of the base model.")
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help="A prompt to show. May be given several times.")] = None,
+    dataset: Annotated[
+        Path | None, typer.Option(help="A file of examples to show: JSON lines, or a JSON list.")
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="How rows become text. Left out: by their fields. "
+            + "; ".join(f"'{name}': {what}" for name, what in TEMPLATES.items())
+            + "; or a text of your own, 'Q: {question} A:|> {answer}'.",
+            autocompletion=complete_template,
+        ),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="How many rows of the dataset to show.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Show which tokens an adapter edits.
+
+    Or would edit, before training: in texts, or in the rows of a dataset.
+    """
+    if not text and dataset is None:
+        raise ValueError("There is nothing to show. Give --text 'a prompt', or --dataset file.jsonl.")
+    if dataset is not None and not dataset.is_file():
+        raise ValueError(f"--dataset {dataset}: there is no such file.")
+    written = adapter_or_config.suffix in (".json", ".yaml", ".yml")
+    if written and not adapter_or_config.is_file():
+        raise ValueError(f"{adapter_or_config}: there is no such file.")
+    if not written:
+        check_model("ADAPTER_OR_CONFIG", str(adapter_or_config), "adapter_config.json")
+    from transformers import AutoTokenizer
+
+    from peft_reft import explain_positions
+    from peft_reft.tools.formats import encode_row, pad_rows, read_rows, template_of
+
+    config, base = _read_config(adapter_or_config)
+    name = tokenizer or config.tokenizer_name_or_path or base
+    if not name:
+        raise ValueError(f"{adapter_or_config} does not name a base model. Give its tokenizer with --tokenizer.")
+    option = "--tokenizer" if tokenizer else f"{adapter_or_config}, without --tokenizer, names"
+    check_model(option, name, "tokenizer_config.json", required=False)
+    with naming(option, name, "tokenizer"):
+        tokens = AutoTokenizer.from_pretrained(name)
+    shown = {"text": [{"input_ids": tokens(one)["input_ids"]} for one in text or ()], "dataset": []}
+    if dataset is not None:
+        rows = list(read_rows(dataset, examples))
+        if not rows:
+            raise ValueError(f"--dataset {dataset} has no rows.")
+        if template is None:
+            template = template_of(rows[0])
+            typer.echo(f"{dataset}: rows read as --template {template}", err=as_json)
+        shown["dataset"] = [encode_row(row, template, tokens) for row in rows]
+    explained = {
+        source: explain_positions(config, tokens, pad_rows(rows), quiet=as_json)
+        for source, rows in shown.items()
+        if rows
+    }
+    if as_json:
+        print_json(
+            {
+                "positions": config.positions,
+                "template": template if dataset is not None else None,
+                **{
+                    source: [{**asdict(one), "warnings": one.warnings} for one in sequences]
+                    for source, sequences in explained.items()
+                },
+            }
+        )
+
+
+def _read_config(path: Path) -> tuple[ReftConfig, str | None]:
+    """The ReftConfig in an adapter's folder, a JSON file or an axolotl YAML, and the name of the base model."""
+    from peft import PeftConfig
+
+    from peft_reft import ReftConfig
+
+    if path.suffix in (".yaml", ".yml"):
+        return _read_yaml(path)
+    if path.suffix == ".json":
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        written_by_hand = {} if "peft_type" in fields else {"peft_type": "REFT", "response_template": "auto"}
+        config: Any = ReftConfig.from_peft_type(**{**written_by_hand, **fields})
+    else:
+        config = PeftConfig.from_pretrained(str(path))
+    if not isinstance(config, ReftConfig):
+        raise ValueError(f"{path} holds an adapter of kind {config.peft_type.value}, not REFT.")
+    return config, config.base_model_name_or_path
+
+
+def _read_yaml(path: Path) -> tuple[ReftConfig, str | None]:
+    """The ReftConfig that the axolotl plugin makes of a YAML, and the name of the tokenizer or base model."""
+    import yaml
+
+    from peft_reft.integrations.axolotl.keys import read_keys, reft_config
+
+    cfg = read_keys(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    return reft_config(cfg, "CAUSAL_LM"), getattr(cfg, "tokenizer_config", None) or getattr(cfg, "base_model", None)
