@@ -9,6 +9,7 @@ from peft_reft_autoload import serve
 
 from .tools.collator import ColumnsCollator, PromptLengthsCollator
 from .tools.explain import explain_positions
+from .tools.explain_edits import explain_edits
 from .tools.resuming import last_complete_checkpoint
 from .tools.strength import rescale_adapter_scale
 from .tuner import ReftConfig, ReftLayer, ReftModel
@@ -22,6 +23,7 @@ __all__ = [
     "ReftConfig",
     "ReftLayer",
     "ReftModel",
+    "explain_edits",
     "explain_positions",
     "find_response_template",
     "last_complete_checkpoint",
