@@ -9,7 +9,9 @@ from peft_reft_autoload import serve
 
 from .tools.collator import ColumnsCollator, PromptLengthsCollator
 from .tools.explain import explain_positions
+from .tools.explain_edits import explain_edits
 from .tools.resuming import last_complete_checkpoint
+from .tools.strength import rescale_adapter_scale
 from .tuner import ReftConfig, ReftLayer, ReftModel
 from .tuner.chat_template import find_response_template
 
@@ -21,9 +23,11 @@ __all__ = [
     "ReftConfig",
     "ReftLayer",
     "ReftModel",
+    "explain_edits",
     "explain_positions",
     "find_response_template",
     "last_complete_checkpoint",
+    "rescale_adapter_scale",
 ]
 
 serve()  # Trainer and the lm-evaluation-harness, as they are imported

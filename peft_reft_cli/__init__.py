@@ -6,6 +6,7 @@ registers ReFT: seconds, and those libraries' own messages. Here no module impor
 needs when it runs.
 
     positions.py    `positions`: which tokens an adapter edits
+    inspect.py      `inspect`: how much an adapter's edits change texts
     convert.py      `convert`: checkpoints of pyreft and adapters, in and out
     evaluation.py   `prepare`, `evaluate`: the paper's tasks
     environment.py  `env`: versions, devices and an adapter's settings, for a report
@@ -24,6 +25,7 @@ from peft_reft_autoload.run import run
 from .convert import convert
 from .environment import env
 from .evaluation import evaluate, prepare
+from .inspect import inspect
 from .options import version
 from .positions import positions
 
@@ -47,7 +49,7 @@ def peft_reft(
     """ReFT (Representation Finetuning) as a PEFT tuner: tools around adapters."""
 
 
-for command in (prepare, evaluate, positions, convert, env):
+for command in (prepare, evaluate, positions, inspect, convert, env):
     app.command()(command)
 # What follows COMMAND is the command's own: options, --help included.
 app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)

@@ -76,6 +76,42 @@ def complete_template(begun: str) -> list[tuple[str, str]]:
     return [(name, what) for name, what in TEMPLATES.items() if name.startswith(begun)]
 
 
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help="How rows become text. Left out: by their fields. "
+        + "; ".join(f"'{name}': {what}" for name, what in TEMPLATES.items())
+        + "; or a text of your own, 'Q: {question} A:|> {answer}'.",
+        autocompletion=complete_template,
+    ),
+]
+
+
+def check_file(option: str, path: Path | None) -> None:
+    """Refuse a file that is not there."""
+    if path is not None and not path.is_file():
+        raise ValueError(f"{option} {path}: there is no such file.")
+
+
+def encode_dataset(
+    dataset: Path, examples: int, template: str | None, tokenizer: Any, as_json: bool
+) -> tuple[list[dict[str, list[int]]], str]:
+    """The first rows of a dataset file as tokens, and the template by which they were read.
+
+    Raises:
+        ValueError: when the file has no rows, or they do not fit the template.
+    """
+    from peft_reft.tools.formats import encode_row, read_rows, template_of
+
+    rows = list(read_rows(dataset, examples))
+    if not rows:
+        raise ValueError(f"--dataset {dataset} has no rows.")
+    if template is None:
+        template = template_of(rows[0])
+        typer.echo(f"{dataset}: rows read as --template {template}", err=as_json)
+    return [encode_row(row, template, tokenizer) for row in rows], template
+
+
 def check_model(option: str, name: str, file: str = "config.json", required: bool = True) -> None:
     """Refuse a model or an adapter that is neither a folder nor on the Hub, before anything large is loaded.
 

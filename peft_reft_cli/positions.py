@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import TEMPLATES, Json, check_model, complete_template, naming, print_json
+from .options import Json, Template, check_file, check_model, encode_dataset, naming, print_json
 
 
 if TYPE_CHECKING:
@@ -35,15 +35,7 @@ def positions(
     dataset: Annotated[
         Path | None, typer.Option(help="A file of examples to show: JSON lines, or a JSON list.")
     ] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(
-            help="How rows become text. Left out: by their fields. "
-            + "; ".join(f"'{name}': {what}" for name, what in TEMPLATES.items())
-            + "; or a text of your own, 'Q: {question} A:|> {answer}'.",
-            autocompletion=complete_template,
-        ),
-    ] = None,
+    template: Template = None,
     examples: Annotated[int, typer.Option(min=1, help="How many rows of the dataset to show.")] = 3,
     as_json: Json = False,
 ) -> None:
@@ -53,8 +45,7 @@ def positions(
     """
     if not text and dataset is None:
         raise ValueError("There is nothing to show. Give --text 'a prompt', or --dataset file.jsonl.")
-    if dataset is not None and not dataset.is_file():
-        raise ValueError(f"--dataset {dataset}: there is no such file.")
+    check_file("--dataset", dataset)
     written = adapter_or_config.suffix in (".json", *YAML)
     if written and not adapter_or_config.is_file():
         raise ValueError(f"{adapter_or_config}: there is no such file.")
@@ -63,7 +54,7 @@ def positions(
     from transformers import AutoTokenizer
 
     from peft_reft import explain_positions
-    from peft_reft.tools.formats import encode_row, pad_rows, read_rows, template_of
+    from peft_reft.tools.formats import pad_rows
 
     config, base = _read_config(adapter_or_config)
     name = tokenizer or config.tokenizer_name_or_path or base
@@ -77,13 +68,7 @@ def positions(
         tokens.chat_template = _chat_template(adapter_or_config, tokens)
     shown = {"text": [{"input_ids": tokens(one)["input_ids"]} for one in text or ()], "dataset": []}
     if dataset is not None:
-        rows = list(read_rows(dataset, examples))
-        if not rows:
-            raise ValueError(f"--dataset {dataset} has no rows.")
-        if template is None:
-            template = template_of(rows[0])
-            typer.echo(f"{dataset}: rows read as --template {template}", err=as_json)
-        shown["dataset"] = [encode_row(row, template, tokens) for row in rows]
+        shown["dataset"], template = encode_dataset(dataset, examples, template, tokens, as_json)
     explained = {
         source: explain_positions(config, tokens, pad_rows(rows), quiet=as_json)
         for source, rows in shown.items()

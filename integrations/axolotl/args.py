@@ -22,7 +22,7 @@ from pydantic_core import core_schema
 from peft_reft import ReftConfig
 from peft_reft.tuner.interventions.formulas import INTERVENTIONS
 
-from .keys import BLOCK_FIELDS, OWN_FIELDS, reft_config
+from .keys import BLOCK_FIELDS, LOGGING_KEYS, OWN_FIELDS, reft_config
 from .validation import is_reft, own_name, refuse_rows_without_subspaces, refuse_unknown_prompts, validated_as_lora
 
 
@@ -48,17 +48,25 @@ def _validate(data: Any, validate: Callable[[Any], Any]) -> Any:
 
 
 class _Block(BaseModel):
-    """The optional `reft:` block: what LoRA has no key for. Each field is ReftConfig's of the same name."""
+    """The optional `reft:` block: what LoRA has no key for. Each field is ReftConfig's of the same name, but for those
+    that say what is logged."""
 
     model_config = ConfigDict(extra="forbid")
 
     debug: bool | None = Field(default=None, description="Log the edited tokens of a training batch, as --debug does.")
+    log_edits: int | None = Field(
+        default=None,
+        ge=1,
+        strict=True,
+        description="Log the sizes of edits and the share of edited tokens every so many steps.",
+    )
 
     @field_validator("*")
     @classmethod
     def check_value(cls, value: Any, info: ValidationInfo) -> Any:
         """Let ReftConfig judge each value, so that a mistake stops axolotl before it loads a model."""
-        if value is not None and info.field_name not in ("debug", "subspaces"):  # whose sizes add up to lora_r
+        # The sizes of subspaces add up to lora_r, which is not in this block.
+        if value is not None and info.field_name not in (*LOGGING_KEYS, "subspaces"):
             ReftConfig(**{str(info.field_name): value})
         return value
 

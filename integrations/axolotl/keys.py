@@ -41,6 +41,8 @@ SET_ELSEWHERE = {
 
 OWN_FIELDS = own_fields()
 BLOCK_FIELDS = [name for name in OWN_FIELDS if name not in {*SHARED_KEYS.values(), *SET_ELSEWHERE}]
+# Keys of the `reft:` block that say what a training logs, and are no fields.
+LOGGING_KEYS = ("debug", "log_edits")
 
 
 def reft_config(cfg: Any, task_type: str | None = None) -> ReftConfig:
@@ -95,7 +97,7 @@ def read_keys(keys: Any, source: str) -> SimpleNamespace:
     if not is_reft(adapter):
         raise ValueError(f"{source} has adapter: {adapter}, which is not a ReFT adapter.")
     block = keys.get("reft") or {}
-    allowed = [*BLOCK_FIELDS, "debug"]
+    allowed = [*BLOCK_FIELDS, *LOGGING_KEYS]
     unknown = [key for key in block if key not in allowed] if isinstance(block, Mapping) else [block]
     if unknown:
         raise ValueError(

@@ -65,7 +65,8 @@ class ReftPlugin(BasePlugin):
         axolotl_api.own_name_again(cfg)
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Any) -> list:
-        """For trainers that pass no labels, have the collator add `prompt_lengths`. Log edited tokens if asked to."""
+        """For trainers that pass no labels, have the collator add `prompt_lengths`. Log edited tokens, and the sizes
+        of edits, if asked to."""
         if is_reft(cfg.adapter) and self._is_first():
             config = reft_config(cfg)
             if cfg.unfrozen_parameters:
@@ -77,6 +78,11 @@ class ReftPlugin(BasePlugin):
                 trainer.data_collator = PromptLengthsCollator(trainer.data_collator)
             if cfg.debug or (cfg.reft or {}).get("debug"):
                 _show_positions(trainer)
+            every = (cfg.reft or {}).get("log_edits")
+            if every:
+                from peft_reft.tools.log_edits import LogEdits  # imports transformers' callbacks
+
+                return [LogEdits(every, trainer)]
         return []
 
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:

@@ -53,6 +53,11 @@ def export_pyreft(folder: str | os.PathLike, out: str | os.PathLike, base_model:
     for name in ("subspaces", "trainable_token_indices"):
         if getattr(config, name) is not None:
             raise ValueError(f"{name}={getattr(config, name)!r} of {folder} has no place in a checkpoint of pyreft.")
+    if config.scale != 1:
+        raise ValueError(
+            f"scale={config.scale!r} of {folder} has no place in a checkpoint of pyreft, which edits with strength 1. "
+            "Take scale out of adapter_config.json to write the adapter at strength 1."
+        )
     base_model = name_of_base(base_model, config.base_model_name_or_path, folder)
     base = load_base_model(base_model, None if config.task_type is None else TaskType(config.task_type).value)
     edits, head = _read(folder, config, base)

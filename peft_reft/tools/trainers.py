@@ -27,6 +27,7 @@ from ..tuner.positions.unedited import counted
 from ..tuner.rules import use_tokenizer
 from ..tuner.versions import require
 from .collator import ColumnsCollator
+from .log_edits import LogEdits
 
 
 LOG = logging.getLogger(__name__)
@@ -77,6 +78,9 @@ def _serving(init: Any) -> Any:
         if context is not None:
             require("transformers", *(f"transformers.trainer:Trainer.{name}" for name in DROPPING))
             trainer.add_callback(UneditedRowsCallback)
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, LogEdits) and callback.trainer is None:
+                    callback.trainer = trainer
             if getattr(trainer, "processing_class", None) is not None:
                 use_tokenizer(trainer.model, trainer.processing_class)
             subspaces = {rules.subspaces for rules in context.rules.values() if rules.subspaces}

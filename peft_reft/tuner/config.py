@@ -23,6 +23,7 @@ from .peft_api import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_pattern_key
 from .peft_type import NAME, add_peft_type
 from .positions.spec import PositionSpec, Rules, depends_on_batch
 from .positions.template import IdTemplate, TextTemplate
+from .strength import is_strength
 from .versions import installed
 
 
@@ -34,7 +35,7 @@ T = TypeVar("T", bound=type)
 
 # The number of the format in which configs are saved. A version that adds a field by which an adapter edits otherwise
 # raises it, and saves it as `reft_format`, so that older versions refuse what they would misread.
-FORMAT = 0
+FORMAT = SCALE_FORMAT = 1  # 1: `scale`
 # The key of a saved config that names this package. Nothing reads it: whoever opens the file learns what to install.
 LIBRARY = "library"
 
@@ -136,6 +137,10 @@ class ReftConfig(PeftConfig):
             first tokens that are edited are the first of the conversation.
         tokenizer_name_or_path (`str`, *optional*): The tokenizer by which a text in `response_template` is found. None
             takes the base model's.
+        scale (`float`): The strength s of the edit, h + s · (edit(h) − h), in training and after. As `lora_alpha` does
+            for LoRA, it scales what the adapter adds. It is saved where it is not 1. `set_scale` and
+            `rescale_adapter_scale` change the strength of a loaded adapter by a factor that is not saved; to save a
+            strength, set `scale` in the adapter's config.
         subspaces (`dict[str, int]`, *optional*): Splits the r directions into named subspaces, `{"style": 4, "facts":
             4}` for r=8. An example trains and uses the subspaces that `subspaces` in its batch names.
         width (`int`, *optional*): Width of the edited modules: the size of the last dimension of their output. ReFT
@@ -164,6 +169,7 @@ class ReftConfig(PeftConfig):
     response_template_optional: bool = False
     prompt_boundary: Literal["first", "every"] = "first"
     tokenizer_name_or_path: Optional[str] = None
+    scale: float = 1.0
     subspaces: Optional[dict[str, int]] = None
     width: Optional[int] = None
 
@@ -181,6 +187,8 @@ class ReftConfig(PeftConfig):
                 _reject(name, getattr(self, name), "True or False", f"{name}=True")
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             _reject("dropout", self.dropout, "a number from 0 up to, not including, 1", "dropout=0.05")
+        if not is_strength(self.scale):
+            _reject("scale", self.scale, "a finite number", "scale=1.0")
         if self.act_fn is not None and self.act_fn not in ACT2FN:
             _reject(
                 "act_fn", self.act_fn, "None or an activation of transformers: " + ", ".join(ACT2FN), "act_fn='gelu'"
@@ -420,13 +428,18 @@ class ReftConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as they are saved, and the name of this package. `subspaces` becomes a list of pairs: PEFT sorts
-        the keys of dictionaries, and the order of the subspaces decides which directions each has."""
+        the keys of dictionaries, and the order of the subspaces decides which directions each has. `scale` is left out
+        where it is 1, and is else marked as a field that older versions must not pass over."""
         fields = super().to_dict()
         fields[LIBRARY] = {
             "name": "peft-reft",
             "version": installed("peft-reft"),
             "install": "pip install peft-reft",
         }
+        if fields["scale"] == 1:
+            del fields["scale"]
+        else:
+            fields["reft_format"] = SCALE_FORMAT
         if self.subspaces is not None:
             fields["subspaces"] = [list(pair) for pair in self.subspaces.items()]
         return fields

@@ -30,9 +30,10 @@ from .merging import MergedEdit, merge_edit, obstacle, unmerge_edit
 from .parameters.bases import Bases, retract_stale
 from .parameters.stacked import LayerAdapter, Parameters
 from .peft_api import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from .strength import Scalable
 
 
-class ReftLayer(nn.Module, BaseTunerLayer):
+class ReftLayer(nn.Module, Scalable, BaseTunerLayer):
     """Wraps a module, and replaces the selected rows h of its output by h + Rᵀc.
 
     `coefficients` in interventions/apply.py computes c and states LoReFT's formula in full; the table in
@@ -42,6 +43,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     and last tokens with weights of their own, 2. They are float32, unless the adapter was made with
     `autocast_adapter_dtype=False`. The edit is computed in their dtype, and without gradients in bfloat16 where the
     output is bfloat16; its result has the dtype of the output.
+
+    `scaling`, by adapter name as in LoraLayer, is the strength s of an edit: h + s·Rᵀc. At 1 nothing is multiplied,
+    and at 0 the layer does not edit. It may be written to at any time, and counts from the next forward on.
 
     A public attribute that this layer lacks is read from the wrapped module, so that a model that reads an attribute
     of its blocks still finds it. Not forwarded: marks that libraries put on a module to recognise it, namely private
@@ -60,7 +64,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("reft_R", "reft_W", "reft_b")
-    other_param_names = ("reft_config", "reft_dropout")
+    other_param_names = ("reft_config", "reft_dropout", "scaling")
     # PEFT's disable_input_dtype_casting reads and sets this on every tuner layer. ReftLayer casts no input either way.
     cast_input_dtype_enabled = True
 
@@ -90,7 +94,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.reft_b = nn.ParameterDict()
         self.reft_dropout = nn.ModuleDict()  # modules, because trainers look for Dropout modules to switch dropout off
         self.reft_config: dict[str, ReftConfig] = {}
-        self._edits: dict[str, Edit] = {}  # without dropout: train() and eval() switch that on and off
+        self.scaling: dict[str, float] = {}
+        self._edits: dict[str, Edit] = {}  # without dropout and scale, which change while the adapter is in use
         self.merged_adapters = []  # PEFT's is an attribute of the class: one list for all layers
         self._merged: list[MergedEdit] = []
         self.bases = Bases(self.reft_R, self.reft_config)
@@ -156,6 +161,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         intervention = INTERVENTIONS[config.intervention]
         shape = (config.groups, rank, width)
         self.reft_config[adapter_name] = config
+        self.scaling[adapter_name] = config.scale
         self._edits[adapter_name] = Edit(intervention, activation(config.act_fn))
         self.reft_R[adapter_name] = nn.Parameter(torch.empty(shape, dtype=torch.float32))
         if intervention.has_source:
@@ -171,7 +177,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def adapters_in_use(self, mixed: Sequence[str] | None) -> list[LayerAdapter]:
-        """The adapters by which this layer edits now, in order. Empty where they are switched off or merged.
+        """The adapters by which this layer edits now, in order. Empty where all are off, merged or of strength 0.
 
         forward/context.py calls this once a forward.
 
@@ -187,18 +193,19 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             self.load_offloaded()
         if self.merged_adapters or self.disable_adapters:
             return []
-        loaded = reft_R._parameters
+        loaded, scaling = reft_R._parameters, self.scaling
         return [
-            LayerAdapter(self.name, name, self.in_encoder, self._edit(name), *self.weights(name))
+            LayerAdapter(self.name, name, self.in_encoder, self._edit(name, scaling[name]), *self.weights(name))
             for name in (self.active_adapters if mixed is None else mixed)
-            if name in loaded
+            if name in loaded and scaling[name] != 0
         ]
 
-    def _edit(self, adapter_name: str) -> Edit:
-        """The edit of an adapter, with dropout where its Dropout module is in training mode."""
+    def _edit(self, adapter_name: str, scale: float) -> Edit:
+        """The edit of an adapter of that strength, with dropout where its Dropout module is in training mode."""
         edit, modules = self._edits[adapter_name], self._modules
         dropout: Any = modules["reft_dropout"]._modules[adapter_name]  # type: ignore[union-attr]
-        return Edit(edit.intervention, edit.act, dropout.p) if dropout.training and dropout.p > 0 else edit
+        p = dropout.p if dropout.training else 0.0
+        return edit if p == 0 and scale == 1 else Edit(edit.intervention, edit.act, p, scale)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters on or off. Off also unmerges them: the layer then computes what the base model does."""
@@ -278,7 +285,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             self.refuse_merge(name)
         retract_stale([self.bases])
         for name in names:
-            self._merged.append(merge_edit(self, name, safe_merge))
+            self._merged.append(merge_edit(self, name, self.scaling[name], safe_merge))
             self.merged_adapters.append(name)
             self.state.changed()
 

@@ -146,12 +146,13 @@ def quantization_backend(target: nn.Module, model: nn.Module) -> QuantizationBac
         return None
 
 
-def merge_edit(layer: MergeableLayer, adapter_name: str, safe: bool) -> MergedEdit:
+def merge_edit(layer: MergeableLayer, adapter_name: str, scale: float, safe: bool) -> MergedEdit:
     """Fold the edit of an adapter into the weight and the bias of the linear layer that a ReftLayer wraps.
 
     Args:
         layer (`ReftLayer`): The layer. `obstacle` has returned None for it.
         adapter_name (`str`): The adapter.
+        scale (`float`): The strength with which its edit is folded in.
         safe (`bool`): Whether to look for NaN and infinities before the layer is changed.
 
     Returns:
@@ -169,6 +170,8 @@ def merge_edit(layer: MergeableLayer, adapter_name: str, safe: bool) -> MergedEd
     added_R = zero_R if constant_GR is None else constant_GR[0]
     if M_GRD is not None and bias is not None:
         added_R = added_R + M_GRD[0] @ bias.to(R_RD.dtype)
+    if scale != 1:
+        added_RI, added_R = added_RI * scale, added_R * scale
     edit = MergedEdit(R_RD, added_RI.detach(), added_R.detach(), made_bias=bias is None and bool(added_R.any()))
     _add(layer, A_DI, edit, 1.0, safe)
     return edit

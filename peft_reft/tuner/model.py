@@ -182,6 +182,28 @@ class ReftModel(BaseTuner):
             for layer in self._layers:
                 layer.cast_adapter_as_base(adapter_name)
 
+    # -- strength -----------------------------------------------------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the strength of an adapter in all layers to `scale` times that in its config, 1 unless it was set.
+
+        It counts from the next forward on, for `generate` and mixed batches too, and is not saved. To save it, set
+        `scale` in the adapter's config: `model.peft_config[adapter].scale = 0.5`.
+
+        Args:
+            adapter (`str`): The adapter.
+            scale (`float`): 0 computes what the base model does and 1 what the adapter was trained to, to the bit.
+                Values between and beyond steer.
+
+        Raises:
+            TypeError: when `scale` is no number.
+            ValueError: when `scale` is not finite, or when the adapter is not loaded or merged.
+        """
+        if not any(adapter in layer.scaling for layer in self._layers):
+            raise ValueError(f"There is no adapter {adapter!r} to scale. Loaded are: {', '.join(self.peft_config)}.")
+        for layer in self._layers:
+            layer.set_scale(adapter, scale)
+
     # -- saving and loading -------------------------------------------------------------------------------------------
 
     @classmethod

@@ -154,6 +154,23 @@ def test_quantized_bases_are_quantized_and_prepared_as_for_lora(folder, key, qua
     assert lora.notes["norms"] == run.notes["norms"]
 
 
+def test_log_edits_logs_the_sizes_of_edits(folder):
+    config = LORA | TO_REFT | {"max_steps": 4, "val_set_size": 0, "save_strategy": "steps", "save_steps": 4}
+    run = axolotl(folder, "train", config | {"reft": {"log_edits": 2}}, name="sizes")
+    assert run.code == 0, run.output[-6000:]
+    history = json.loads(next(run.out.glob("checkpoint-4*/trainer_state.json")).read_text())["log_history"]
+    sizes = [row for row in history if "reft/edit_size" in row]
+    assert [row["step"] for row in sizes] == [2, 4]
+    assert sizes[1]["reft/edit_size"] > sizes[0]["reft/edit_size"] > 0  # it starts at the base, and learns
+    assert {key for key in sizes[0] if key.startswith("reft/edit_size/")} == {
+        "reft/edit_size/model.layers.0",
+        "reft/edit_size/model.layers.2",
+    }
+    assert 0 < sizes[0]["reft/edited_tokens"] < 1
+    refused = axolotl(folder, "train", config | {"reft": {"log_edits": 0}}, name="never")
+    assert refused.code != 0 and re.search(r"log_edits\s+Input should be greater than or equal to 1", refused.output)
+
+
 SHOWN = re.compile(r"^row (\d+), tokens (\d+) to \d+; the prompt is told by (\w+)\n  (.*)$", re.MULTILINE)
 OPENING = "<|im_start|>assistant\n"
 SHORT = {"max_steps": 6, "val_set_size": 0, "save_strategy": "no", "sequence_len": 128, "dataset_num_proc": 1}

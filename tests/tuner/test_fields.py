@@ -28,6 +28,6 @@ def test_each_key_of_the_block_is_described():
     pytest.importorskip("axolotl")
     from peft_reft.integrations.axolotl import args, keys
 
-    assert set(args.ReftBlock.model_fields) == {*keys.BLOCK_FIELDS, "debug"}
+    assert set(args.ReftBlock.model_fields) == {*keys.BLOCK_FIELDS, *keys.LOGGING_KEYS}
     for name in keys.BLOCK_FIELDS:
         assert args.ReftBlock.model_fields[name].description == own_fields()[name].metadata["help"]

@@ -65,7 +65,8 @@ class AdaptersInUse:
         if any(one.is_inference() for one in parameters):  # they count no versions
             return
         # Read `_modules` and `_parameters`: the lookups of Module and ParameterDict are slow.
-        modules = {layer.name: layer._modules for layer in layers}
+        self._layers = list(layers)
+        modules = {layer.name: layer._modules for layer in self._layers}
         own_modules = [modules[adapter.layer_name] for adapter in adapters]
         for adapter, own in zip(adapters, own_modules):
             self._places += ((own[name], adapter.adapter_name) for name in ("reft_R", "reft_W", "reft_b"))
@@ -73,6 +74,7 @@ class AdaptersInUse:
         self._dropouts = [
             own["reft_dropout"]._modules[adapter.adapter_name] for adapter, own in zip(adapters, own_modules)
         ]
+        self._scaling = [dict(layer.scaling) for layer in self._layers]
         self._parameters, self._R = parameters, [adapter.R for adapter in adapters]
         self._state = self._read_state()
         self._era = era
@@ -88,6 +90,7 @@ class AdaptersInUse:
             era is self._era
             and mixed == self.mixed
             and all(map(operator.is_, [weights._parameters.get(name) for weights, name in self._places], self._known))
+            and [layer.scaling for layer in self._layers] == self._scaling
             and self._read_state() == self._state
         )
 

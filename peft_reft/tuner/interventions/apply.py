@@ -32,11 +32,13 @@ class Edit:
         intervention (`Intervention`): The formula.
         act (`Callable`, *optional*): The activation function of the source act(Wh + b). None: the identity.
         dropout (`float`): The probability with which an entry of the edited state is dropped.
+        scale (`float`): The strength of the edit, a factor of what it adds to the state.
     """
 
     intervention: Intervention
     act: Callable[[Tensor], Tensor] | None = None
     dropout: float = 0.0
+    scale: float = 1.0
 
 
 class EditWeights(NamedTuple):
@@ -175,7 +177,7 @@ def delta(
     unused_TGR: Tensor | None = None,
     empty_T1: Tensor | None = None,
 ) -> Tensor:
-    """Rᵀc, which an edit adds to hidden states.
+    """What an edit adds to hidden states: Rᵀc, times the scale of the edit.
 
     Args:
         h_TD (`torch.Tensor`): [T, D], the hidden states.
@@ -207,6 +209,8 @@ def delta(
         delta_TD = nn.functional.dropout(wide_TD + delta_TD, edit.dropout) - wide_TD
         if empty_T1 is not None:
             delta_TD = delta_TD.masked_fill(empty_T1, 0.0)
+    if edit.scale != 1.0:
+        delta_TD = delta_TD * edit.scale
     return delta_TD if h_TD.dtype is dtype else delta_TD.to(h_TD.dtype)
 
 
