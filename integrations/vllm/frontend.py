@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from .adapters import Adapter, has_config, is_reft, load, rules_of, stamp
-from .plans import PLAN, SUBSPACES, make_plan
+from .plans import PLAN, SCALE, SUBSPACES, make_plan
 from .vllm_api import refuse_settings
 
 
@@ -182,7 +182,8 @@ class Frontend:
         adapter = self._adapters.get(lora_request.lora_int_id)
         if adapter is None or adapter.rules is None:
             raise ValueError(f"The ReFT adapter {lora_request.lora_name!r} is not loaded.")
-        plan = make_plan(adapter.fingerprint, adapter.rules, list(request.prompt_token_ids), extra.get(SUBSPACES))
+        prompt, chosen = list(request.prompt_token_ids), (extra.get(SUBSPACES), extra.get(SCALE))
+        plan = make_plan(adapter.fingerprint, adapter.rules, prompt, *chosen, own_scale=adapter.config.scale)
         params.extra_args = plan.carried_by(extra)
         if lora_request.load_inplace:  # was done; the workers would read the folder again in each step
             request.lora_request = without_load_inplace(lora_request)

@@ -35,12 +35,14 @@ class Job:
         edit (`Edit`): The edit.
         weights (`EditWeights`): Its weights for the layer.
         unused_TQ (`torch.BoolTensor`, *optional*): [T, Q], the directions in which a token is not edited.
+        scale_T1 (`torch.FloatTensor`, *optional*): [T, 1], the strength of each token's edit. None: 1.
     """
 
     index_T: Tensor
     edit: Edit
     weights: EditWeights
     unused_TQ: Tensor | None
+    scale_T1: Tensor | None = None
 
 
 class Place:
@@ -88,6 +90,8 @@ def edit_in_place(hidden_FD: Tensor, residual_FD: Tensor | None, place: Tensor) 
         c_TQ = coefficients(job.edit, wide_TD, weights)
         if job.unused_TQ is not None:
             c_TQ = c_TQ.masked_fill(job.unused_TQ, 0.0)
+        if job.scale_T1 is not None:
+            c_TQ = c_TQ * job.scale_T1.to(c_TQ.dtype)
         edited_TD = wide_TD.addmm_(c_TQ, weights.R_QD).to(h_TD.dtype)
         if residual_FD is None:
             hidden_FD.index_copy_(0, index_T, edited_TD)

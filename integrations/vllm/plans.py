@@ -16,10 +16,12 @@ import torch
 from peft_reft.tuner.positions.batch import Batch, select_tokens
 from peft_reft.tuner.positions.spec import Rules
 from peft_reft.tuner.positions.subspaces import used_directions
+from peft_reft.tuner.strength import is_strength
 
 
 PLAN = "peft_reft"  # in extra_args, of the plugin alone
-SUBSPACES = "subspaces"  # in extra_args, or vllm_xargs over HTTP: what a caller may set
+# In extra_args, or vllm_xargs over HTTP: what a caller may set.
+SUBSPACES, SCALE = "subspaces", "scale"
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,13 @@ class Plan:
         tokens (`list[list[int]]`, *optional*): [position, group of weights] of each, by position. None: every token,
             generated ones too.
         directions (`list[bool]`, *optional*): The directions to edit in. None: all.
+        scale (`float`): The strength of the edit.
     """
 
     fingerprint: str
     tokens: list[list[int]] | None
     directions: list[bool] | None = None
+    scale: float = 1.0
 
     @classmethod
     def of(cls, sampling_params: Any) -> Plan | None:
@@ -45,7 +49,7 @@ class Plan:
 
     def carried_by(self, extra_args: dict[str, Any] | None) -> dict[str, Any]:
         """The `extra_args` of a request with the plan in them."""
-        return {**(extra_args or {}), PLAN: [self.fingerprint, self.tokens, self.directions]}
+        return {**(extra_args or {}), PLAN: [self.fingerprint, self.tokens, self.directions, self.scale]}
 
     def within(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """The positions and the groups of weights of the tokens to edit from one position up to, not including,
@@ -69,10 +73,13 @@ class Plan:
             return None
         where = "all" if self.tokens is None else ",".join(f"{p - start}.{g}" for p, g in zip(positions, groups))
         used = "" if self.directions is None else ":" + "".join("01"[used] for used in self.directions)
-        return f"{self.fingerprint}:{where}{used}"
+        strength = "" if self.scale == 1 else f"*{self.scale!r}"
+        return f"{self.fingerprint}:{where}{used}{strength}"
 
 
-def make_plan(fingerprint: str, rules: Rules, prompt: list[int], subspaces: Any) -> Plan:
+def make_plan(
+    fingerprint: str, rules: Rules, prompt: list[int], subspaces: Any = None, scale: Any = None, own_scale: float = 1.0
+) -> Plan:
     """Find the tokens of a prompt, by the tuner's own rules.
 
     Args:
@@ -80,21 +87,31 @@ def make_plan(fingerprint: str, rules: Rules, prompt: list[int], subspaces: Any)
         rules (`Rules`): Its rules.
         prompt (`list[int]`): The prompt's token ids.
         subspaces (`str`, *optional*): The names of the subspaces to use.
+        scale (`float`, *optional*): A factor of the strength. None: 1.
+        own_scale (`float`): The strength in the adapter's config.
 
     Raises:
-        ValueError: when a subspace is unknown, or subspaces are named for an adapter that has none.
+        ValueError: when a subspace is unknown, when subspaces are named for an adapter that has none, or when the
+            scale is no finite number.
     """
+    if scale is not None and not is_strength(scale):
+        raise ValueError(
+            f"scale={scale!r} is no strength of an edit. Pass a finite number, 1 for the adapter as it is."
+        )
+    strength = own_scale * (1.0 if scale is None else scale)
     directions = None
     if subspaces is not None:
         if not rules.subspaces or not isinstance(subspaces, str):
             has = f"has {', '.join(dict(rules.subspaces))}" if rules.subspaces else "has no subspaces"
             raise ValueError(f"subspaces={subspaces!r}: the adapter {has}. Pass names joined by '+', or leave it out.")
         directions = used_directions(subspaces, dict(rules.subspaces), 1, torch.device("cpu"))[0].tolist()
+    if strength == 0:  # the base model, whose blocks in the prefix cache are shared
+        return Plan(fingerprint, [])
     if rules.spec.all_tokens:
-        return Plan(fingerprint, None, directions)
+        return Plan(fingerprint, None, directions, strength)
     if rules.template is None:
-        return Plan(fingerprint, _tokens_of_length(rules, len(prompt)), directions)
-    return Plan(fingerprint, _tokens(rules, prompt), directions)
+        return Plan(fingerprint, _tokens_of_length(rules, len(prompt)), directions, strength)
+    return Plan(fingerprint, _tokens(rules, prompt), directions, strength)
 
 
 def _tokens(rules: Rules, prompt: list[int]) -> list[list[int]]:

@@ -138,13 +138,14 @@ class EditedModel:
         for number, of_requests in tokens.items():
             adapter = self.adapters[number]
             edit, index_T = adapter.edit, self._on_device(np.concatenate([rows for _, rows, _ in of_requests]))
+            scale_T1 = self._scale(of_requests)
             unused_of: dict[int, Tensor | None] = {}  # Q of a layer -> its mask
             for name, weights in self.weights[number].items():
                 if name in self.blocks:
                     directions = len(weights.R_QD)
                     if directions not in unused_of:
                         unused_of[directions] = self._unused(adapter, of_requests, directions)
-                    job = Job(index_T, edit, weights, unused_of[directions])
+                    job = Job(index_T, edit, weights, unused_of[directions], scale_T1)
                     self._planned.setdefault(name, []).append(job)
         self.edits = bool(self._planned)
 
@@ -200,6 +201,13 @@ class EditedModel:
                 unused_TGR |= ~np.array(plan.directions)
             unused.append(unused_TGR.reshape(len(rows), directions))
         return self._on_device(np.concatenate(unused))
+
+    def _scale(self, of_requests: list[tuple[Plan, np.ndarray, np.ndarray]]) -> Tensor | None:
+        """[T, 1], the strength of each token's edit. None: it is 1 everywhere."""
+        if all(plan.scale == 1 for plan, _, _ in of_requests):
+            return None
+        scales = [np.full((len(rows), 1), plan.scale) for plan, rows, _ in of_requests]
+        return self._on_device(np.concatenate(scales))
 
 
 def requests_of(runner: Any, edited: EditedModel, counts: np.ndarray) -> list[Request]:

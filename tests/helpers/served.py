@@ -15,7 +15,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_reft import ReftConfig
+from peft_reft import ReftConfig, rescale_adapter_scale
 
 
 VOCABULARY = 199
@@ -145,6 +145,10 @@ class Reference:
     ) -> tuple[list[int], list[float]]:
         """The tokens that `generate` gives, and the log-probability of each."""
         model = self.base if adapter is None else self.adapted[adapter]
+        scale = given.pop("scale", None)
+        if scale is not None and adapter is not None:
+            with rescale_adapter_scale(model, scale):
+                return self.answer(prompt, adapter, tokens, **given)
         out = model.generate(
             input_ids=torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),

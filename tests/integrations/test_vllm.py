@@ -48,6 +48,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "every": {"response_template": TEMPLATE, "prompt_boundary": "every", "positions": "f2+l2"},
     "subspaces": {"subspaces": {"style": 1, "facts": 3}},
     "subspaces-all": {"subspaces": {"style": 1, "facts": 3}, "positions": "all"},
+    "scaled": {"scale": -0.5, "positions": "f3+l3"},
 }
 
 
@@ -132,6 +133,17 @@ def test_requests_choose_subspaces(server: Server) -> None:
         for _ in range(2):
             server.check([(prompt, "subspaces"), (prompt, "subspaces-all")], tokens=8, subspaces=names)
     server.check([(prompt, "subspaces")])
+
+
+def test_requests_choose_a_strength(server: Server) -> None:
+    (prompt,) = prompts_of([70])
+    one, zero = (server.reference.answer(prompt, "loreft", TOKENS, scale=scale) for scale in (1, 0))
+    assert zero == server.reference.answer(prompt, None, TOKENS) and one[1] != zero[1]
+    for scale in (0.5, 1, -2.0, 0, 0.5):
+        server.check([(prompt, name) for name in ("loreft", "all", "subspaces", "scaled")], tokens=8, scale=scale)
+    asked = [(prompt, server.requests["loreft"])]
+    assert ask(server.engine, asked, TOKENS, scale=0) == ask(server.engine, [(prompt, None)], TOKENS)
+    assert ask(server.engine, asked, TOKENS, scale=1) == ask(server.engine, asked, TOKENS)
 
 
 def test_more_adapters_than_slots(server: Server) -> None:
@@ -341,6 +353,8 @@ def test_an_adapter_that_can_not_be_replaced_stays_as_it_was(server: Server, tmp
     [
         ("subspaces", {"subspaces": "tone"}, "tone"),
         ("loreft", {"subspaces": "style"}, "no subspaces"),
+        ("loreft", {"scale": "half"}, "scale='half' is no strength"),
+        ("loreft", {"scale": float("nan")}, "scale=nan is no strength"),
         ("loreft", {"peft_reft": ["x", None, None]}, "plugin's own"),
         (None, {"peft_reft": ["x", None, None]}, "plugin's own"),
     ],

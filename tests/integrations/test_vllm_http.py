@@ -185,6 +185,11 @@ def test_requests_choose_subspaces(http: Http) -> None:
         http.check([(some_prompts()[2], "subspaces")], vllm_xargs={"subspaces": names})
 
 
+def test_requests_choose_a_strength(http: Http) -> None:
+    for scale in (0.5, 0):
+        http.check([(some_prompts()[2], "one")], vllm_xargs={"scale": scale})
+
+
 def test_streamed_answers_are_the_same(http: Http) -> None:
     request = {"model": "one", "prompt": some_prompts()[2], "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
     data = json.dumps({**request, "stream": True, "return_token_ids": True}).encode()
@@ -267,6 +272,7 @@ def test_requests_keep_an_adapter_that_is_unloaded_or_refused_a_change(http: Htt
     ("model", "fields", "words"),
     [
         ("one", {"vllm_xargs": {"subspaces": "style"}}, "no subspaces"),
+        ("one", {"vllm_xargs": {"scale": "half"}}, "scale='half' is no strength"),
         ("subspaces", {"vllm_xargs": {"subspaces": "tone"}}, "tone"),
         ("subspaces", {"vllm_xargs": {"subspaces": 7}}, "subspaces=7"),
         ("subspaces", {"vllm_xargs": {"subspaces": ["style"]}}, r"subspaces=['style']"),

@@ -96,17 +96,17 @@ def run(edited: EditedModel, layers: tuple[int, ...] = (0, 1, 2)) -> Tensor:
 
 
 @torch.inference_mode()
-def expected(edited: EditedModel, rows: list[int]) -> Tensor:
-    """By the paper's formula, h + Rᵀ(Wh + b − Rh)."""
+def expected(edited: EditedModel, rows: list[int], scales: tuple[float, ...] = (1, 1)) -> Tensor:
+    """By the paper's formula, h + Rᵀ(Wh + b − Rh), whose second part is multiplied by the row's scale."""
     state = sum(states())
     assert isinstance(state, Tensor)
     for n, block in enumerate(edited.model.layers):  # type: ignore[arg-type]
         state = state @ block.weight + state
         if n != 1:
             R, W, b = (edited.adapters[1].weights[f"layers.{n}"][letter][0] for letter in "RWb")
-            for row in rows:
+            for row, scale in zip(rows, scales):
                 h = state[row].clone()
-                state[row] = h + R.T @ (W @ h + b - R @ h)
+                state[row] = h + scale * R.T @ (W @ h + b - R @ h)
     return state
 
 
@@ -123,6 +123,14 @@ def test_a_step_edits_what_was_planned_and_the_next_nothing(edited: EditedModel)
     edited.start()  # a dummy step has no plan
     assert not edited.edits
     assert torch.equal(run(edited), without)
+    edited.finish()
+
+
+def test_requests_of_one_step_have_their_own_strength(edited: EditedModel) -> None:
+    requests = [(1, Plan("content", [[1, 0]], None, scale), 0, 3) for scale in (0.5, -2.0)]
+    edited.plan(requests)
+    edited.start()
+    torch.testing.assert_close(run(edited), expected(edited, [1, 4], (0.5, -2.0)))
     edited.finish()
 
 
