@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from .accuracy import TASKS, Runs, collect, table
+from .log_edits import log_edits
 from .methods import SIZES, Setting
 from .pairs import Ratio, Worker, WorkerError, interleave
 from .report import markdown_table, plot_scaling, print_table, ratio_text, slope
@@ -23,6 +24,7 @@ from .startup import cli
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(cli)
+app.command()(log_edits)
 
 Pairs = Annotated[int, typer.Option(help="how many times each is run")]
 Out = Annotated[Path, typer.Option(help="folder for the JSON and the plots")]
