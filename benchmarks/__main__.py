@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from .accuracy import TASKS, Runs, collect, table
+from .log_edits import log_edits
 from .methods import Setting
 from .pairs import Ratio, Worker, WorkerError
 from .report import markdown_table, plot_scaling, print_table, ratio_text, slope
@@ -24,6 +25,7 @@ from .startup import cli
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(cli)
+app.command()(log_edits)
 
 Pyreft = Annotated[str | None, typer.Option(help="interpreter of an environment with pyreft")]
 Adapters = Annotated[str | None, typer.Option(help="interpreter of an environment with adapters")]

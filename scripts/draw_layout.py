@@ -97,7 +97,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     ),
     "integrations": ("axolotl/", "lm_eval", "vllm/"),
     "peft_reft_autoload": ("run",),
-    "peft_reft_cli": ("options", "positions", "evaluation", "convert", "environment", "__main__"),
+    "peft_reft_cli": ("options", "positions", "inspect", "evaluation", "convert", "environment", "__main__"),
 }
 # What a folder is for, in a line.
 PURPOSES = {

@@ -168,7 +168,7 @@ def explain_edits(
         `ExplainedEdits`: The layers with the sizes of their edits, and the losses.
 
     Raises:
-        ValueError: when no ReFT adapter is in use, or when one is merged; or as a forward of the batch would.
+        ValueError: when no ReFT adapter edits a token of the batch, or when one is merged; or as a forward would.
     """
     layers = [module for module in model.modules() if isinstance(module, ReftLayer)]
     merged = sorted({name for layer in layers for name in layer.merged_adapters})
@@ -186,10 +186,10 @@ def explain_edits(
         by_layer: dict[ReftLayer, list[MeasuredEdit]] = {}
         for edit in found.edits:
             by_layer.setdefault(edit.layer, []).append(edit)
-        if not by_layer:
+        if not any(edit.size_T.numel() for edit in found.edits):
             raise ValueError(
                 f"No ReFT adapter of {type(model).__name__} edits a token of this batch: none is active, all are "
-                "switched off or of strength 0, or the batch is a decode step."
+                "switched off or of strength 0, or the batch has no token to edit, which explain_positions shows."
             )
         without: dict[ReftLayer, float | None] = dict.fromkeys(by_layer)
         base = None

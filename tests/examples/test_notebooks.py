@@ -48,6 +48,26 @@ def test_quickstart(ran):
 
 
 @pytest.mark.slow
+def test_what_it_learnt(ran):
+    text = ran("what_it_learnt")
+    logged = [
+        float(size)
+        for size in re.findall(r"^step +\d+: edits change a state by (\S+) of its size", text, re.MULTILINE)
+    ]
+    assert len(logged) == 4 and 0 < logged[0] < logged[-1]
+    loss, base = map(float, re.search(r"^loss (\S+) with all edits, (\S+) without any", text, re.MULTILINE).groups())
+    assert loss < base / 2
+    without = {
+        name: float(one) for name, one in re.findall(r"^(model\.layers\.\d+) .* (\d\.\d{4})$", text, re.MULTILINE)
+    }
+    assert len(without) == 6 and all(one > loss for one in without.values())
+    assert f"the layer that matters most: {max(without, key=without.get)}\n" in text
+    answers = dict(re.findall(r"^ *([\d.]+): (.*)", text[text.rindex("first token:") :], re.MULTILINE))
+    assert list(answers) == ["0", "0.25", "0.5", "0.75", "1", "2"]
+    assert answers["1"].startswith("Captain's log:") and "Captain" not in answers["0"]
+
+
+@pytest.mark.slow
 def test_subspaces(ran):
     text = ran("subspaces")
     found = re.findall(r"^  (greeting\+farewell|greeting|farewell) +(.*)", text, re.MULTILINE)
