@@ -18,6 +18,7 @@ from .accuracy import TASKS, Runs, collect, table
 from .methods import SIZES, Setting
 from .pairs import Ratio, Worker, WorkerError, interleave
 from .report import markdown_table, plot_scaling, print_table, ratio_text, slope
+from .sweep.command import sweep
 
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -393,6 +394,8 @@ def gpu(
         )
         session.save("gpu")
 
+
+app.command()(sweep)
 
 if __name__ == "__main__":
     app()
