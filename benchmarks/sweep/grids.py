@@ -64,12 +64,16 @@ RATES = [2e-4, 1e-3, 4e-3]
 
 GRIDS: dict[str, Grid] = {
     "sink": Grid(
-        "Is the first token, whose state is a hundred times longer than others, what breaks high rates?",
+        "What breaks high rates of a decoder: the first token, whose state is a hundred times longer than others?",
         [
             *runs("sst2-token", "loreft", rate=4e-3, positions="f7+l7", first_token=[True, False]),
             *runs("sst2-token", "loreft", rate=4e-3, positions=["l7", "f1"]),
-            *runs("sst2-token", "lora", rate=[4e-3, 1e-3]),
-            *runs("sst2-token", "loreft", rate=1e-3, positions="f7+l7", first_token=[True, False]),
+            *runs("sst2-token", "loreft", rate=1e-3, positions="f7+l7"),
+            *runs("sst2-token", "lora", rate=1e-3),
+            *runs("sst2-token", "loreft", rate=4e-3, positions="f7+l7", rank=1),
+            *runs("sst2-token", "loreft", rate=4e-3, positions="f7+l7", layers="every 5th"),
+            *runs("sst2-token", "lora", rate=4e-3),
+            *runs("sst2-token", "loreft", rate=1e-3, positions="f7+l7", first_token=False),
             *runs("sst2-token", "loreft", rate=1e-3, positions=["l7", "f1"]),
             *runs("sst2-token", "loreft", rate=2e-4, positions=["f7+l7", "l7"]),
             *runs("sst2-token", "lora", rate=2e-4),

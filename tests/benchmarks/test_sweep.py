@@ -203,7 +203,8 @@ def test_the_command_goes_on_where_it_stopped(tmp_path, monkeypatch, grid_of_two
     assert len(lines) == 4 and all(json.loads(line)["settings"]["task"] == "sst2" for line in lines)
 
 
-def test_where_takes_some_of_the_runs(tmp_path, grid_of_two):
+def test_where_takes_some_of_the_runs(tmp_path, monkeypatch):
+    monkeypatch.setitem(GRIDS, "tiny", Grid("?", runs("sst2", "loreft", rank=[1, 2, 4]), seeds=(1, 2)))
     arguments = ["sweep", "tiny", "--records", str(tmp_path / "records.jsonl"), "--plan"]
     assert CliRunner().invoke(app, [*arguments, "--where", "rank=2"]).output.startswith("2 runs")
     assert CliRunner().invoke(app, [*arguments, "--where", "rank=2", "--where", "seed=1"]).output.startswith("1 runs")
