@@ -171,9 +171,9 @@ def about_weight_decay(cfg: Mapping[str, Any]) -> str | None:
     if decay <= 0 or not (edit.orthonormal and edit.replaces):
         return None
     return (
-        f"weight_decay: {decay:g} does not draw adapter: {adapter} back to the base model, as it does LoRA: the source "
-        "of the edit shrinks, R keeps its length, and what the edit takes from the hidden state stays taken. Set "
-        "weight_decay: 0.0."
+        f"weight_decay: {decay:g} does not draw adapter: {adapter} back to the base model, as it does LoRA: the "
+        "source of the edit shrinks, R keeps its length, and what the edit takes from the hidden state stays taken. "
+        "Set weight_decay: 0.0."
     )
 
 
