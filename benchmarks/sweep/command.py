@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields
 from pathlib import Path
 from statistics import mean
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.progress import Progress
 
 from ..report import markdown_table, print_table
@@ -57,7 +59,8 @@ def sweep(
     out.mkdir(parents=True, exist_ok=True)
     for name in grid:
         columns, lines = table(GRIDS[name], kept)
-        print_table(GRIDS[name].question, columns, lines)
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        print_table(GRIDS[name].question, columns, lines, console=console)
         (out / f"{name}.md").write_text(markdown_table(columns, lines) + "\n", encoding="utf-8")
         if GRIDS[name].plot is not None and lines:
             from .plots import plot
