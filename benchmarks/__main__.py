@@ -21,6 +21,7 @@ from .report import markdown_table, plot_scaling, print_table, ratio_text, slope
 from .serving import serve
 from .session import OUT, Device, Out, Pairs, Session, Size, Threads, interleave_shown
 from .startup import cli
+from .sweep.command import sweep
 
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -349,6 +350,8 @@ def gpu(
         )
         session.save("gpu")
 
+
+app.command()(sweep)
 
 if __name__ == "__main__":
     app()

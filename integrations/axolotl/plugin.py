@@ -23,7 +23,7 @@ from peft_reft.tuner.interventions.formulas import INTERVENTIONS
 from . import axolotl_api
 from .keys import meaningless_keys, reft_config
 from .template import find_template
-from .validation import TOLD_BY_COLLATOR, about_learning_rate, is_reft, own_name
+from .validation import TOLD_BY_COLLATOR, about_learning_rate, about_weight_decay, is_reft, own_name
 
 
 if TYPE_CHECKING:
@@ -59,6 +59,9 @@ class ReftPlugin(BasePlugin):
         if remark is not None:
             level, line = remark
             getattr(LOG, level)(line)
+        decays = about_weight_decay(cfg)
+        if decays is not None:
+            LOG.warning("%s", decays)
 
     def pre_lora_load(self, cfg: DictDefault, model: PreTrainedModel) -> None:
         """Set `adapter:` back to the YAML's value, once the base model is built as LoRA's is."""

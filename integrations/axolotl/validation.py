@@ -169,9 +169,31 @@ def about_learning_rate(cfg: Mapping[str, Any]) -> tuple[str, str] | None:
         )
     if rate > HIGH_RATE:
         return "warning", (
-            f"learning_rate: {rate:g} is high for adapter: {adapter}: 0.004 was seen to fail. Its best is about 0.001."
+            f"learning_rate: {rate:g} is high for adapter: {adapter}: 0.004 was seen to fail. Its best is about "
+            "0.001: docs/choosing.md."
         )
     return None
+
+
+def about_weight_decay(cfg: Mapping[str, Any]) -> str | None:
+    """A warning of a YAML's weight decay, where it does not lead an edit back to the base model. None: nothing to say.
+
+    Decay shrinks W and b. An R that is kept orthonormal keeps its length, so of an edit that replaces Rh what is left
+    in the end is −RᵀRh. Where the edit has no −Rh, or R shrinks too, decay leads to no edit, as LoRA's does.
+    """
+    try:
+        decay = float(cfg.get("weight_decay") or 0.0)
+    except (TypeError, ValueError):
+        return None  # axolotl says what it thinks of it
+    adapter = str(cfg.get("adapter"))
+    edit = INTERVENTIONS[adapter]
+    if decay <= 0 or not (edit.orthonormal and edit.replaces):
+        return None
+    return (
+        f"weight_decay: {decay:g} does not draw adapter: {adapter} back to the base model, as it does LoRA: the "
+        "source of the edit shrinks, R keeps its length, and what the edit takes from the hidden state stays taken. "
+        "Set weight_decay: 0.0."
+    )
 
 
 def _item(thing: Any, name: str) -> Any:

@@ -181,6 +181,29 @@ def test_learning_rate(rate, level):
     assert (said and said[0]) == level
 
 
+@pytest.mark.parametrize(
+    "adapter, decay, warned",
+    [
+        ("loreft", 0.01, True),
+        ("consreft", "0.1", True),
+        ("loreft", 0.0, False),
+        ("loreft", None, False),
+        ("noreft", 0.1, False),  # R shrinks with W
+        ("direft", 0.1, False),  # takes nothing from the state
+    ],
+)
+def test_weight_decay_is_named_where_it_leads_away_from_the_base(adapter, decay, warned, monkeypatch):
+    from axolotl.utils.dict import DictDefault
+
+    from peft_reft.integrations.axolotl import ReftPlugin, plugin
+
+    lines = []
+    monkeypatch.setattr(plugin.LOG, "warning", lambda line, *values: lines.append(line % values))
+    ReftPlugin().register(DictDefault({"adapter": adapter, "learning_rate": 1e-3, "weight_decay": decay}))
+    assert len(lines) == warned
+    assert all(f"weight_decay: {float(decay):g} does not" in line and "weight_decay: 0.0" in line for line in lines)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("AXOLOTL_EXAMPLES" not in os.environ, reason="AXOLOTL_EXAMPLES names the folder of examples")
 def test_every_example_is_validated_or_refused_clearly():

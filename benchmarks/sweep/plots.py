@@ -1,0 +1,78 @@
+"""Plots of results: mean and interval of each setting along what a grid varies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from .grids import Grid
+from .records import Records
+from .settings import Run
+from .tables import half_width, results, varied, written
+
+
+LOGARITHMIC = ("rate", "rank", "examples")
+
+
+def curves(grid: Grid, kept: Records) -> dict[str, list[tuple[Any, float, float | None]]]:
+    """The curves of a grid's plot: by name, the points (value along the axis, mean in %, half of the interval).
+
+    A curve is a method with the settings that vary beside the one along the axis.
+    """
+    assert grid.plot is not None
+    rows = results(grid, kept)
+    names = [name for name in varied([run for run, _ in rows]) if name != grid.plot]
+    found: dict[str, list[tuple[Any, float, float | None]]] = {}
+    for run, records in rows:
+        settings = run.described()
+        if grid.plot not in settings:
+            continue
+        scores = [100 * record["score"] for record in records]
+        point = (settings[grid.plot], mean(scores), half_width(scores))
+        found.setdefault(curve_name(run, names, rows), []).append(point)
+    for points in found.values():
+        if not isinstance(points[0][0], str):
+            points.sort()
+    return found
+
+
+def curve_name(run: Run, names: list[str], rows: list[tuple[Run, Any]]) -> str:
+    """A method, with those of the settings in which runs of the same method differ."""
+    own = [other.described() for other, _ in rows if other.method == run.method]
+    telling = [name for name in names if len({repr(one[name]) for one in own if name in one}) > 1]
+    settings = run.described()
+    words = {"positions": "{}", "first_token": {True: "", False: "without token 0"}}
+    parts = []
+    for name in telling:
+        word: Any = words.get(name, f"{name} {{}}")
+        parts.append(word[settings[name]] if isinstance(word, dict) else word.format(written(settings[name])))
+    return " ".join(part for part in (run.method, *parts) if part)
+
+
+def plot(name: str, grid: Grid, kept: Records, folder: Path) -> Path:
+    """Plot a grid that says what its axis is. Needs matplotlib. Returns the file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    # Texts stay texts, and nothing in the file depends on when it was made: a plot that is drawn again is the same.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9})
+    figure, axes = pyplot.subplots(figsize=(5, 3.2))
+    for curve, points in curves(grid, kept).items():
+        xs = [x for x, _, _ in points]
+        style = "o" if isinstance(xs[0], str) else "o-"
+        errors = [half or 0.0 for _, _, half in points]
+        axes.errorbar(xs, [y for _, y, _ in points], yerr=errors, fmt=style, markersize=4, capsize=3, label=curve)
+        if grid.plot in LOGARITHMIC:
+            axes.set_xscale("log")
+    metric = next(records[0]["metric"] for _, records in results(grid, kept))
+    axes.set_xlabel(str(grid.plot).replace("_", " "))
+    axes.set_ylabel(f"{metric}, %")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    path = folder / f"sweep-{name.replace('_', '-')}.svg"
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    return path
