@@ -1,5 +1,5 @@
 # Everything starts here: each target makes the virtual environment that it needs, and says what is missing if it can't.
-# Variables: STACK=axolotl|newest, PYTHON=python3 (which also chooses axolotl: 0.21 on Python 3.12 or newer, 0.19 before),
+# Variables: STACK=axolotl|newest|vllm, PYTHON=python3 (which also chooses axolotl: 0.21 on Python 3.12 or newer, 0.19 before),
 # PYTEST_ARGS="-k positions", TESTS=all|stack, CANARY_PRE=1.
 
 STACK ?= axolotl
@@ -12,6 +12,8 @@ tests_named = $(wildcard $(addprefix tests/*/test_,$(addsuffix .py,$(1))))
 STACK_TESTS = $(call tests_named,axolotl axolotl_examples axolotl_versions recipes packing evaluation switching \
 	positions prompts auto_template templates properties generation reused_caches transformers_api trainer trl peft loading \
 	checkpointing mixed_batches quantized transformers)
+# vLLM pins libraries of its own: there, what it serves is tested alone.
+VLLM_TESTS = $(call tests_named,vllm vllm_families vllm_compiled vllm_settings vllm_gpu vllm_http vllm_refusals vllm_worker vllm_examples serving)
 CANARY_TESTS = $(call tests_named,positions properties generation trainer *_api)
 BENCH_ARGS ?=
 # A folder for each stack and each Python, so that another interpreter leaves an environment alone.
@@ -30,7 +32,7 @@ export PYTHON
 .DEFAULT_GOAL := help
 
 help:  ## say what there is
-	@echo "make TARGET [STACK=axolotl|newest] [PYTHON=python3] [PYTEST_ARGS=...]"
+	@echo "make TARGET [STACK=axolotl|newest|vllm] [PYTHON=python3] [PYTEST_ARGS=...]"
 	@echo "  STACK=axolotl is axolotl 0.21 on Python 3.12 or newer, and 0.19 on 3.10 and 3.11; STACK=newest has no axolotl"
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
 
@@ -64,7 +66,7 @@ quickstart: env  ## train LoReFT on a dozen examples, and show answers before an
 
 test: lint  ## check the code, then run the tests on STACK (TESTS=stack: those that can differ between stacks)
 	@echo "== pytest, stack $(STACK) on Python $(SERIES), $(TESTS) tests"
-	@OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" pytest -n $(CORES) --dist worksteal $(if $(filter stack,$(TESTS)),$(STACK_TESTS)) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" pytest -n $(CORES) --dist $(if $(filter vllm,$(STACK)),loadfile,worksteal) $(if $(filter vllm,$(STACK)),$(VLLM_TESTS),$(if $(filter stack,$(TESTS)),$(STACK_TESTS))) $(PYTEST_ARGS)
 
 site:  ## build the site of docs/ into outputs/site/html, with every warning and every broken link an error
 	@[ -x .venv-site/bin/python ] || $(PYTHON) -m venv .venv-site
@@ -99,4 +101,4 @@ format: env  ## let ruff mend what it can
 	@$(BIN)/ruff format .
 
 clean:  ## remove the environments, outputs and caches
-	rm -rf .venv-axolotl* .venv-newest* .venv-canary .venv-site outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv-axolotl* .venv-newest* .venv-vllm* .venv-canary .venv-site outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

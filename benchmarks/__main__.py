@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -16,9 +15,11 @@ from rich.progress import Progress
 
 from .accuracy import TASKS, Runs, collect, table
 from .log_edits import log_edits
-from .methods import SIZES, Setting
-from .pairs import Ratio, Worker, WorkerError, interleave
+from .methods import Setting
+from .pairs import Ratio, Worker, WorkerError
 from .report import markdown_table, plot_scaling, print_table, ratio_text, slope
+from .serving import serve
+from .session import OUT, Device, Out, Pairs, Session, Size, Threads, interleave_shown
 from .startup import cli
 
 
@@ -26,55 +27,8 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=F
 app.command()(cli)
 app.command()(log_edits)
 
-Pairs = Annotated[int, typer.Option(help="how many times each is run")]
-Out = Annotated[Path, typer.Option(help="folder for the JSON and the plots")]
-Threads = Annotated[int, typer.Option(help="threads of torch")]
 Pyreft = Annotated[str | None, typer.Option(help="interpreter of an environment with pyreft")]
 Adapters = Annotated[str | None, typer.Option(help="interpreter of an environment with adapters")]
-Device = Annotated[str, typer.Option(help="cpu or cuda")]
-Size = Annotated[str, typer.Option(help="of the model: " + " or ".join(SIZES))]
-OUT = Path("outputs/benchmarks")
-
-
-class Session:
-    """One command: its worker processes, and the results so far."""
-
-    def __init__(self, out: Path, threads: int, pyreft: str | None = None, adapters: str | None = None) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        self.out, self.threads = out, threads
-        self.peers = {name: python for name, python in (("pyreft", pyreft), ("adapters", adapters)) if python}
-        self._stack = ExitStack()
-        self.results: dict[str, Any] = {
-            "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
-            "machine": f"{platform.system()} {platform.machine()}, {_processor()}, {threads} thread(s)",
-        }
-
-    def __enter__(self) -> Session:
-        self._stack.__enter__()
-        self.own = self.worker(None)
-        self.results["versions"] = self.own.ask("versions")
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
-
-    def worker(self, python: str | None) -> Worker:
-        """Start a worker process with that interpreter. It ends with the session."""
-        return self._stack.enter_context(Worker(python, self.threads, self.out / "workers.log"))
-
-    def save(self, name: str) -> None:
-        """Write the results to NAME.json."""
-        path = self.out / f"{name}.json"
-        path.write_text(json.dumps(self.results, indent=1) + "\n")
-        typer.echo(
-            f"{self.results['command']}\n{self.results['machine']}, {self.results['versions']}\nWritten: {path}"
-        )
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def measure_steps(session: Session, setting: Setting, pairs: int, methods: list[str]) -> dict[str, Any]:
@@ -96,7 +50,7 @@ def measure_steps(session: Session, setting: Setting, pairs: int, methods: list[
         for name in methods:
             trainable[name] = workers[name].ask("build", name=name, method=name, setting=described)["trainable"]
             runs[name] = _run(workers[name], "step", name)
-        seconds = _interleave(runs, pairs, "steps")
+        seconds = interleave_shown(runs, pairs, "steps")
         found: dict[str, Any] = {
             name: Ratio.of(seconds[name], seconds[bases[name]]).as_dict() | {"trainable": trainable[name]}
             for name in methods
@@ -116,13 +70,6 @@ def _peer(session: Session, name: str) -> Worker:
 
 def _run(worker: Worker, do: str, name: str, **arguments: Any) -> Any:
     return lambda: worker.ask(do, name=name, **arguments)["seconds"]
-
-
-def _interleave(runs: dict[str, Any], pairs: int, title: str) -> dict[str, list[float]]:
-    """`interleave`, with a progress bar."""
-    with Progress(transient=True) as progress:
-        task = progress.add_task(title, total=pairs)
-        return interleave(runs, pairs, tick=lambda: progress.advance(task))
 
 
 @app.command()
@@ -181,7 +128,9 @@ def inference(
             session.own.ask("build", name=name, method=name, setting=setting)
             runs[name, 1] = _run(session.own, "generate", name, tokens=1, rows=rows)
             runs[name, tokens] = _run(session.own, "generate", name, tokens=tokens, rows=rows)
-        seconds = _interleave({f"{name} {count}": run for (name, count), run in runs.items()}, pairs, "generating")
+        seconds = interleave_shown(
+            {f"{name} {count}": run for (name, count), run in runs.items()}, pairs, "generating"
+        )
         prefill = {name: seconds[f"{name} 1"] for name in names}
         decode = {
             name: [(whole - first) / (tokens - 1) for whole, first in zip(seconds[f"{name} {tokens}"], prefill[name])]
@@ -346,6 +295,9 @@ def accuracy(
     print_table("accuracy", columns, lines)
     (out / "accuracy.json").write_text(json.dumps(rows, indent=1) + "\n")
     (out / "accuracy.md").write_text(markdown_table(columns, lines) + "\n")
+
+
+app.command()(serve)
 
 
 @app.command()

@@ -62,7 +62,10 @@ def run(
         ),
     ],
 ) -> None:
-    """Run a command whose Python processes load ReFT adapters, where PEFT_REFT_AUTOLOAD=0 switched that off."""
+    """Run a command whose Python loads ReFT adapters.
+
+    For where `import peft` does not bring ReFT: PEFT_REFT_AUTOLOAD=0 is set, or the .pth file is missing.
+    """
     words = command_line(command)
     if os.name == "posix":
         os.execve(words[0], words, environment())  # the command takes this process's place, with its signals

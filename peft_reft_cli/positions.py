@@ -13,7 +13,12 @@ from .options import Json, Template, check_file, check_model, encode_dataset, na
 
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from peft_reft import ReftConfig
+
+
+YAML = (".yaml", ".yml")
 
 
 def positions(
@@ -41,7 +46,7 @@ def positions(
     if not text and dataset is None:
         raise ValueError("There is nothing to show. Give --text 'a prompt', or --dataset file.jsonl.")
     check_file("--dataset", dataset)
-    written = adapter_or_config.suffix in (".json", ".yaml", ".yml")
+    written = adapter_or_config.suffix in (".json", *YAML)
     if written and not adapter_or_config.is_file():
         raise ValueError(f"{adapter_or_config}: there is no such file.")
     if not written:
@@ -59,6 +64,8 @@ def positions(
     check_model(option, name, "tokenizer_config.json", required=False)
     with naming(option, name, "tokenizer"):
         tokens = AutoTokenizer.from_pretrained(name)
+    if adapter_or_config.suffix in YAML:
+        tokens.chat_template = _chat_template(adapter_or_config, tokens)
     shown = {"text": [{"input_ids": tokens(one)["input_ids"]} for one in text or ()], "dataset": []}
     if dataset is not None:
         shown["dataset"], template = encode_dataset(dataset, examples, template, tokens, as_json)
@@ -86,7 +93,7 @@ def _read_config(path: Path) -> tuple[ReftConfig, str | None]:
 
     from peft_reft import ReftConfig
 
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in YAML:
         return _read_yaml(path)
     if path.suffix == ".json":
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -107,3 +114,24 @@ def _read_yaml(path: Path) -> tuple[ReftConfig, str | None]:
 
     cfg = read_keys(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
     return reft_config(cfg, "CAUSAL_LM"), getattr(cfg, "tokenizer_config", None) or getattr(cfg, "base_model", None)
+
+
+def _chat_template(path: Path, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The chat template by which axolotl renders the conversations of a YAML, the first where they differ.
+
+    Raises:
+        ValueError: when the template is one of axolotl's, and axolotl is not installed.
+    """
+    import yaml
+
+    from peft_reft.integrations.axolotl.template import chat_templates, names_template
+
+    keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not names_template(keys):
+        return tokenizer.chat_template
+    try:
+        return next(iter(chat_templates(keys, tokenizer).values()))
+    except ImportError as error:
+        raise ValueError(
+            f"{path} names a chat_template, which axolotl finds: pip install 'peft-reft[axolotl]'. {error}"
+        ) from error

@@ -95,7 +95,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
         "report",
         "extras",
     ),
-    "integrations": ("axolotl/", "lm_eval"),
+    "integrations": ("axolotl/", "lm_eval", "vllm/"),
     "peft_reft_autoload": ("run",),
     "peft_reft_cli": ("options", "positions", "inspect", "evaluation", "convert", "environment", "__main__"),
 }
@@ -109,7 +109,7 @@ PURPOSES = {
     "tools": "around training",
     "conversion": "checkpoints of peers",
     "evaluation": "the paper's tasks",
-    "integrations": "training frameworks",
+    "integrations": "training and serving",
     "peft_reft_autoload": "import peft brings ReFT; peft-reft run",
     "peft_reft_cli": "the console command: --help imports nothing large",
 }
@@ -180,9 +180,9 @@ def folder(name: str, x: float, y: float, width: float, height: float, fill: str
 
 def folders() -> list[str]:
     """The upper part: who imports whom, always downwards."""
-    drawn = folder("integrations", 20, 16, 180, 70, COLOURS["above"])
-    drawn += folder("peft_reft_autoload", 220, 16, 290, 70, COLOURS["above"])
-    drawn += folder("peft_reft_cli", 530, 16, 410, 70, COLOURS["above"])
+    drawn = folder("integrations", 20, 16, 170, 70, COLOURS["above"])
+    drawn += folder("peft_reft_autoload", 210, 16, 240, 70, COLOURS["above"])
+    drawn += folder("peft_reft_cli", 470, 16, 470, 70, COLOURS["above"])
     for index, name in enumerate(("tools", "conversion", "evaluation")):
         x = 20 + 310 * index
         drawn += folder(name, x, 112, 300, 112, COLOURS["above"])

@@ -46,9 +46,12 @@ def first_pages(root: Path) -> list[Path]:
 
 
 def place(source: Path, root: Path) -> Path:
-    """Where a file of the repository lies among the staged files. docs/ is their root, the rest lies in project/."""
+    """Where a file of the repository lies among the staged files. docs/ is their root, the rest lies in project/.
+
+    zensical passes over names that begin with a dot, so those lose it."""
     path = source.relative_to(root)
-    path = Path(*path.parts[1:]) if path.parts[0] == "docs" else Path("project") / path
+    visible = [part.lstrip(".") for part in path.parts]
+    path = Path(*visible[1:]) if path.parts[0] == "docs" else Path("project", *visible)
     if source.is_dir():
         return path / "index.md"
     if path.name == "README.md":

@@ -23,7 +23,7 @@ from peft_reft import ReftConfig
 from peft_reft.tuner.interventions.formulas import INTERVENTIONS
 
 from .keys import BLOCK_FIELDS, LOGGING_KEYS, OWN_FIELDS, reft_config
-from .validation import is_reft, own_name, refuse_unknown_prompts, validated_as_lora
+from .validation import is_reft, own_name, refuse_rows_without_subspaces, refuse_unknown_prompts, validated_as_lora
 
 
 def _validate(data: Any, validate: Callable[[Any], Any]) -> Any:
@@ -42,6 +42,8 @@ def _validate(data: Any, validate: Callable[[Any], Any]) -> Any:
     if getattr(model, "merge_lora", None):
         _check_merge(model, config)
     refuse_unknown_prompts(model, config)
+    if config.subspaces is not None:
+        refuse_rows_without_subspaces(model)
     return model
 
 
@@ -63,7 +65,8 @@ class _Block(BaseModel):
     @classmethod
     def check_value(cls, value: Any, info: ValidationInfo) -> Any:
         """Let ReftConfig judge each value, so that a mistake stops axolotl before it loads a model."""
-        if value is not None and info.field_name not in LOGGING_KEYS:
+        # The sizes of subspaces add up to lora_r, which is not in this block.
+        if value is not None and info.field_name not in (*LOGGING_KEYS, "subspaces"):
             ReftConfig(**{str(info.field_name): value})
         return value
 

@@ -23,6 +23,8 @@ CALLED = (
     "axolotl.loaders.adapter:_get_peft_task_type",
     "axolotl.loaders.model:ModelLoader.load",
     "axolotl.loaders.tokenizer:load_tokenizer",
+    "axolotl.model_support:get_model_support",
+    "axolotl.model_support:resolve_model_support",
     "axolotl.utils.chat_templates:get_chat_template_from_config",
 )
 # Hooks of axolotl that the plugin overrides. axolotl declares each hook that it calls on BasePlugin.
@@ -37,6 +39,11 @@ HOOKS = (
 )
 
 
+# Where axolotl's validation reads FSDP's version -> whether FSDP1 is what it means where a YAML gives none.
+READS_FSDP_VERSION = {
+    "OptimizationValidationMixin._resolve_fsdp_version": True,  # 0.19
+    "OptimizationValidationMixin.check_fsdp_version": False,  # 0.21, which has FSDP2 alone
+}
 # Chat templates whose strategies, in axolotl.processing_strategies, build role boundaries. Strategies of other
 # templates are chosen by the processor's class, or mask padding and images only.
 ROLES_OF_TEMPLATES = {
@@ -63,6 +70,7 @@ def check_axolotl() -> None:
     require("axolotl", *CALLED, *(f"axolotl.integrations.base:BasePlugin.{hook}" for hook in HOOKS))
     from axolotl.loaders.model import ModelLoader
 
+    has_fsdp1()
     if "cfg" not in inspect.signature(ModelLoader).parameters:
         raise RuntimeError(gone("axolotl", "the argument cfg of axolotl.loaders.model.ModelLoader"))
 
@@ -89,10 +97,18 @@ def chat_template_of(cfg: Any, dataset: Any, tokenizer: PreTrainedTokenizerBase)
 
 
 def has_fsdp1() -> bool:
-    """Whether `fsdp_config:` without a version means FSDP1: axolotl 0.21 has FSDP2 alone, and says so."""
+    """Whether `fsdp_config:` without a version means FSDP1.
+
+    Raises:
+        RuntimeError: when the installed axolotl reads the version nowhere that is known here.
+    """
     from axolotl.utils.schemas import validation
 
-    return not hasattr(validation, "FSDP1_MIGRATION_DOCS")
+    for path, means_fsdp1 in READS_FSDP_VERSION.items():
+        mixin, method = path.split(".")
+        if hasattr(getattr(validation, mixin, None), method):
+            return means_fsdp1
+    raise RuntimeError(gone("axolotl", f"axolotl.utils.schemas.validation.{next(reversed(READS_FSDP_VERSION))}"))
 
 
 def knows_role_boundaries(chat_template: str, model_type: str | None) -> bool:

@@ -37,7 +37,6 @@ SET_ELSEWHERE = {
     "intervention",  # by adapter:
     "tokenizer_name_or_path",  # by tokenizer_config:
     "width",  # by the model
-    "subspaces",  # not yet: no row of axolotl's datasets can name one
 }
 
 OWN_FIELDS = own_fields()

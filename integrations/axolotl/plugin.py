@@ -69,6 +69,10 @@ class ReftPlugin(BasePlugin):
         of edits, if asked to."""
         if is_reft(cfg.adapter) and self._is_first():
             config = reft_config(cfg)
+            if cfg.unfrozen_parameters:
+                # axolotl freezes what the patterns do not match once the adapter is loaded: the adapter's weights too.
+                trainer.model.set_adapter(trainer.model.active_adapter)
+                LOG.warning("unfrozen_parameters: the weights of adapter: %s are trained beside them", cfg.adapter)
             untold = config.response_template in (None, AUTO) and not config.spec.all_tokens
             if untold and cfg.rl in TOLD_BY_COLLATOR:
                 trainer.data_collator = PromptLengthsCollator(trainer.data_collator)

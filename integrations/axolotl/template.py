@@ -6,6 +6,7 @@ options that choose labels (`train_on_inputs`, and `LABEL_OPTIONS` of a dataset)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from peft_reft.tuner.chat_template import FoundTemplate, search
@@ -31,6 +32,27 @@ def has_chats_alone(cfg: Any) -> bool:
     return bool(datasets) and all(_is_chat(dataset) for dataset in datasets)
 
 
+def names_template(keys: Mapping[str, Any]) -> bool:
+    """Whether a YAML's conversations are rendered by another chat template than the tokenizer's own."""
+    chats = [dataset for dataset in keys.get("datasets") or () if _is_chat(dataset)]
+    names = {dataset.get("chat_template") or keys.get("chat_template") for dataset in chats}
+    return bool(names - {None, "tokenizer_default"})
+
+
+def chat_templates(cfg: Any, tokenizer: Any) -> dict[int, str]:
+    """The chat template of each of a YAML's datasets that are conversations, by the dataset's number.
+
+    Args:
+        cfg (`Mapping`): axolotl's config, or the keys of a YAML.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): The tokenizer, whose own template some datasets use.
+    """
+    return {
+        number: axolotl_api.chat_template_of(cfg, dataset, tokenizer)
+        for number, dataset in enumerate(cfg.get("datasets") or ())
+        if _is_chat(dataset)
+    }
+
+
 def find_template(cfg: Any) -> list[int] | None:
     """Find the response template of a YAML's datasets or, where none has a chat template, of its tokenizer.
 
@@ -45,15 +67,15 @@ def find_template(cfg: Any) -> list[int] | None:
             labels elsewhere than at answers.
     """
     tokenizer = axolotl_api.tokenizer_of(cfg)
-    chats = [(n, one) for n, one in enumerate(cfg.datasets or ()) if _is_chat(one)]
     found: dict[str, FoundTemplate] = {}
-    for number, dataset in chats:
+    for number, chat_template in chat_templates(cfg, tokenizer).items():
+        dataset = cfg.datasets[number]
         name = f"datasets[{number}] ({dataset.get('path')})"
-        tokenizer.chat_template = axolotl_api.chat_template_of(cfg, dataset, tokenizer)
+        tokenizer.chat_template = chat_template
         found[name] = search(tokenizer)
         if found[name].ids is None:
             _refuse_label_options(cfg, dataset, name, found[name].reason)
-    if not chats:
+    if not found:
         found["the tokenizer"] = search(tokenizer)
     templates = {tuple(one.ids): (name, one.text) for name, one in found.items() if one.ids is not None}
     if len(templates) > 1:
@@ -80,7 +102,20 @@ def _needs_template(cfg: Any) -> str:
     if cfg.train_on_inputs:
         return "train_on_inputs: true leaves no label masked, so labels do not say where prompts end."
     name = getattr(cfg.rl, "value", cfg.rl)
-    return f"rl: {name} gives the model no labels, so nothing says where prompts end." if name else ""
+    if name:
+        return f"rl: {name} gives the model no labels, so nothing says where prompts end."
+    template = getattr(cfg.chat_template, "value", cfg.chat_template)
+    if (
+        cfg.processor_type
+        and template not in (None, "tokenizer_default")
+        and not cfg.role_boundaries
+        and not axolotl_api.knows_role_boundaries(template, cfg.model_config_type)
+    ):
+        return (
+            f"processor_type: with chat_template: {template}: axolotl knows no role boundaries of this template, and "
+            "leaves every token a label, so nothing says where prompts end. role_boundaries: gives them."
+        )
+    return ""
 
 
 def _is_chat(dataset: Any) -> bool:

@@ -122,19 +122,37 @@ def refuse_unknown_prompts(cfg: Any, config: ReftConfig) -> None:
                 f"{key} has texts without prompts, so there is nothing before an answer to edit. Set reft: positions: "
                 f"all. If the texts hold prompts and answers, say where answers begin. {WAYS_OUT}"
             )
-    template = getattr(cfg, "chat_template", None)
-    template = getattr(template, "value", template)
-    if (
-        getattr(cfg, "processor_type", None)
-        and template not in (None, "tokenizer_default")
-        and not getattr(cfg, "role_boundaries", None)
-        and not axolotl_api.knows_role_boundaries(template, getattr(cfg, "model_config_type", None))
-    ):
-        raise ValueError(
-            f"processor_type: with chat_template: {template}: axolotl knows no role boundaries of this template, and "
-            "leaves every token a label, so nothing says where prompts end, and ReFT edits tokens of the prompt. Set "
-            f"role_boundaries:, or say where answers begin. {WAYS_OUT}"
-        )
+
+
+def refuse_rows_without_subspaces(cfg: Any) -> None:
+    """Refuse settings of axolotl with which no row can name its subspaces.
+
+    axolotl keeps the columns of rows that have tokens already. A prompt strategy returns tokens alone, a packed row is
+    one row for several examples, and the trainers of preferences make rows of their own.
+
+    Raises:
+        ValueError: naming the YAML's key, the reason and the way out.
+    """
+    way_out = (
+        "Make the tokens yourself: rows with input_ids, attention_mask, labels and subspaces (for example 'style', or "
+        "'style+facts'), and a dataset without type:. Or remove reft: subspaces:."
+    )
+    for number, dataset in enumerate(getattr(cfg, "datasets", None) or ()):
+        kind = _item(dataset, "type")
+        if kind:
+            kind = kind if isinstance(kind, str) else "a mapping"
+            raise ValueError(
+                f"reft: subspaces: is set, and datasets[{number}] has type: {kind}, which keeps no column of a row "
+                f"but its tokens, so no row can name its subspaces. {way_out}"
+            )
+    for key in ("sample_packing", "rl", "pretraining_dataset"):
+        value = getattr(cfg, key, None)
+        if value:
+            value = getattr(value, "value", value)
+            raise ValueError(
+                f"{key}: {value} makes rows of several texts, which keep no name of a subspace, and reft: subspaces: "
+                f"is set. Remove {key}:, or reft: subspaces:."
+            )
 
 
 def about_learning_rate(cfg: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..tuner.config import ReftConfig
 from ..tuner.forward.context import ForwardContext
 from ..tuner.positions.batch import Batch, select_tokens
-from ..tuner.positions.prompts import IGNORED_LABEL
+from ..tuner.positions.prompts import IGNORED_LABEL, TEMPLATE_OR_LABELS
 from ..tuner.positions.spec import Rules
 
 
@@ -37,8 +37,6 @@ READ = (
     "prompt_lengths",
     "intervention_mask",
 )
-# The source of a batch whose sequences may lack the response template.
-LABELS_TELL_THE_REST = "response_template or labels"
 LEGEND = "F[ ] first token  L[ ] last token  » an answer begins  « a prompt begins again"
 
 
@@ -195,7 +193,7 @@ def _explain(rules: Rules, batch: Batch, tokenizer: Any) -> list[ExplainedSequen
         first_BS, last_BS, source = selected.first_BS, selected.last_BS, selected.origin
         prompt_BS = sequences.real_BS if selected.prompt_BS is None else selected.prompt_BS
     ends_BS = torch.zeros_like(prompt_BS)
-    if source == LABELS_TELL_THE_REST and rules.template is not None and batch.input_ids is not None:
+    if source == TEMPLATE_OR_LABELS and rules.template is not None and batch.input_ids is not None:
         ends_BS = rules.template.matches(batch.input_ids, sequences.start_BS) & prompt_BS
     trained_BS = torch.zeros_like(prompt_BS) if batch.labels is None else batch.labels != IGNORED_LABEL
     explained = []
@@ -211,7 +209,7 @@ def _explain(rules: Rules, batch: Batch, tokenizer: Any) -> list[ExplainedSequen
 
             ids = batch.input_ids[row, columns].tolist()
             own = source
-            if source == LABELS_TELL_THE_REST:
+            if source == TEMPLATE_OR_LABELS:
                 own = "response_template" if indices(ends_BS) else "labels"
             explained.append(
                 ExplainedSequence(

@@ -131,24 +131,33 @@ def _snapshot(name: str, revision: str | None) -> str:
 
 def _search(tokenizer: Any) -> list[int]:
     pieces = []
+    conversations: list[tuple[list[int], list[str], bool]] = []  # tokens, answers, whether one more answer is opened
     for messages in _samples(tokenizer):
         opened = _tokens(tokenizer, messages, opened=True)
         answered = [_tokens(tokenizer, [*messages, _message("assistant", answer)]) for answer in ANSWERS]
         end = min(_common(opened, ids) for ids in answered)
         piece = opened[_opening(tokenizer, messages, opened) : end]
+        before = _answers(messages)
+        conversations.append((opened, before, True))
+        conversations += [(ids, [*before, answer], False) for ids, answer in zip(answered, ANSWERS)]
         if piece:  # empty where the chat template renders a question otherwise once it is answered
             pieces.append(piece)
     template = _common_end(pieces)
     if not template:
         raise NoTemplate("no tokens that open an answer in a prompt stand before the answer of a conversation, too")
-    found = IdTemplate(template)
-    for messages in _samples(tokenizer):
-        answered_before = _answers(messages)
-        _check(tokenizer, found, _tokens(tokenizer, messages, opened=True), answered_before, opened=True)
-        for answer in ANSWERS:
-            whole = _tokens(tokenizer, [*messages, _message("assistant", answer)])
-            _check(tokenizer, found, whole, [*answered_before, answer], opened=False)
-    return template
+    # Some chat templates add thoughts to the last answer and to the prompt of the next, and to no earlier answer.
+    # What stands before the thoughts opens every answer.
+    first_error = None
+    for end in range(len(template), 0, -1):
+        try:
+            for ids, answers, opens in conversations:
+                _check(tokenizer, IdTemplate(template[:end]), ids, answers, opens)
+        except NoTemplate as error:
+            first_error = first_error or error
+        else:
+            return template[:end]
+    assert first_error is not None
+    raise first_error
 
 
 def _samples(tokenizer: Any) -> Iterator[Messages]:

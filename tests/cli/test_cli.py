@@ -282,6 +282,10 @@ def test_a_yaml_is_read_without_axolotl(folder):
         ("adapter: loreftt\n", "adapter: loreftt is not a ReFT adapter. They are loreft"),
         ("adapter: loreft\nreft: {position: l1}\n", "config.yaml has reft: position, which ReFT does not know"),
         ("adapter: loreft\nreft: {positions: 7}\n", "positions=7"),
+        (
+            "adapter: loreft\nbase_model: base\nchat_template: llava\ndatasets: [{path: x, type: chat_template}]\n",
+            "config.yaml names a chat_template, which axolotl finds: pip install 'peft-reft[axolotl]'",
+        ),
         ("- 1\n", "config.yaml holds no keys of an axolotl config, but list"),
     ],
 )

@@ -23,7 +23,7 @@ from peft_reft.tuner.interventions.orthogonal import retracted
 from peft_reft.tuner.layer import ReftLayer
 from peft_reft.tuner.positions.batch import Batch
 from peft_reft.tuner.positions.deferred_checks import Checks
-from peft_reft.tuner.positions.selection import Selection
+from peft_reft.tuner.positions.selection import Selection, selection_from_masks
 from peft_reft.tuner.positions.spec import PositionSpec, Rules
 from peft_reft.tuner.positions.template import IdTemplate
 from peft_reft.tuner.positions.unedited import UneditedRows
@@ -533,11 +533,12 @@ def test_the_benchmark_runs_as_a_user_runs_it(tmp_path):
     assert "reft" in run.stdout and "lora" in run.stdout and (tmp_path / "step.json").is_file()
 
 
-def test_every_place_filled_or_not_gives_the_same_edit():
+def test_every_slot_filled_or_not_gives_the_same_edit():
     """Where it is known that no slot is empty, nothing is masked."""
-    index, edited = torch.tensor([[0, 5, 6]]), torch.zeros(2, 5, dtype=torch.bool)
-    assert Selection.of_slots(edited, index, torch.zeros(1, 3, dtype=torch.bool)).unused_TGR is not None
-    assert Selection.of_slots(edited, index, None).unused_TGR is None
+    first = torch.zeros(2, 5, dtype=torch.bool).index_fill(1, torch.tensor([0, 4]), True)
+    last = torch.zeros_like(first)
+    assert selection_from_masks(first, last, 1, limit=4).unused_TGR is None
+    assert selection_from_masks(first, last, 1, limit=5).unused_TGR is not None
     model = adapted(share_weights=True, positions="f2+l2").eval()
     one, two = prompts(9), prompts(9, 3)  # the second leaves a slot empty
     torch.testing.assert_close(model(**one).logits[0], model(**two).logits[0], rtol=1e-5, atol=1e-5)

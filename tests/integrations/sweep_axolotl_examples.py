@@ -31,7 +31,6 @@ OURS = {
     "optimizer: polora": "polora",
     "gives the model no labels": "rl: without a response_template",
     "has texts without prompts": "completion without positions: all",
-    "knows no role boundaries": "vision chat template without role boundaries",
     "train_on_inputs: true": "train_on_inputs",
 }
 

@@ -5,15 +5,22 @@ The examples are swept if AXOLOTL_EXAMPLES names the folder `examples` of axolot
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 
 pytest.importorskip("axolotl", reason="needs the extra `axolotl`")
 
+from models import chat_model, tokenizer
+from peft import get_peft_model
 from sweep_axolotl_examples import as_reft, examples, outcome, refusal
+from train_axolotl_examples import trained
+
+from peft_reft import ReftConfig
 
 
 LORA = {
@@ -55,7 +62,14 @@ REFUSED = {
     "FSDP1 by version": ({"fsdp_version": 1, "fsdp_config": {"offload_params": True}}, r"FSDP1.*fsdp_version: 2"),
     "context parallelism": ({"context_parallel_size": 2}, r"context_parallel_size: 2 splits a sequence"),
     "completion": ({"datasets": [{"path": "x", "type": "completion"}]}, r"type: completion has texts without"),
-    "vision": ({"processor_type": "AutoProcessor", "chat_template": "llava"}, r"llava: axolotl knows no role bound"),
+    "subspaces": (
+        {"reft": {"subspaces": {"a": 4, "b": 4}}},
+        r"subspaces: is set.*type: alpaca, which keeps no column",
+    ),
+    "packed subspaces": (
+        {"datasets": [{"path": "x", "type": None}], "sample_packing": True, "reft": {"subspaces": {"a": 4, "b": 4}}},
+        r"sample_packing: True makes rows of several texts",
+    ),
     "relora": ({"relora": True, "jagged_restart_steps": 5}, r"Remove relora:"),
 }
 
@@ -66,9 +80,78 @@ def test_what_cannot_work_is_refused_in_the_words_of_the_yaml(config, message):
         validated(config)
 
 
-@pytest.mark.parametrize("kind", ["completion", "vision"])
-def test_a_template_is_the_way_out(kind):
-    assert validated(REFUSED[kind][0] | TEMPLATE).adapter == "loreft"
+def test_a_template_is_the_way_out():
+    assert validated(REFUSED["completion"][0] | TEMPLATE).adapter == "loreft"
+
+
+def test_rows_with_tokens_can_name_their_subspaces():
+    """The sizes add up to lora_r, which is not the default."""
+    data = {"datasets": [{"path": "x.jsonl", "type": None}], "lora_r": 6}
+    assert validated(data | {"reft": {"subspaces": {"a": 4, "b": 2}}}).reft["subspaces"] == {"a": 4, "b": 2}
+    with pytest.raises(ValueError, match="subspaces"):
+        validated(data | {"reft": {"subspaces": {"a": 4, "b": 4}}})
+
+
+VISION = {"processor_type": "AutoProcessor", "datasets": [{"path": "x", "type": "chat_template"}]}
+
+
+@pytest.mark.parametrize("template, found", [("llava", True), ("jinja", False)])
+def test_vision_chat_templates_without_role_boundaries(template, found, monkeypatch):
+    """Such a YAML trains where the chat template shows its response template, and else is refused before the base
+    model is loaded."""
+    from axolotl.utils.dict import DictDefault
+
+    from peft_reft.integrations.axolotl import axolotl_api
+    from peft_reft.integrations.axolotl.template import find_template
+
+    monkeypatch.setattr(axolotl_api, "tokenizer_of", lambda cfg: tokenizer())
+    plain = {"chat_template_jinja": "{% for m in messages %}{{ m.content }}\n{% endfor %}"}
+    cfg = DictDefault(VISION | {"chat_template": template} | plain)
+    assert not axolotl_api.knows_role_boundaries(template, None)
+    if found:
+        assert tokenizer().decode(find_template(cfg)).strip() == "ASSISTANT:"
+    else:
+        with pytest.raises(
+            ValueError, match="knows no role boundaries.*No response template.*Set reft: response_temp"
+        ):
+            find_template(cfg)
+        assert find_template(DictDefault(cfg | {"role_boundaries": [{"role": "assistant", "start": "A:"}]})) is None
+
+
+def test_unfrozen_parameters_leave_the_adapter_trained():
+    """axolotl freezes all else once the adapter is loaded."""
+    from types import SimpleNamespace
+
+    from axolotl.integrations.base import PluginManager
+    from axolotl.utils.dict import DictDefault
+    from axolotl.utils.freeze import freeze_layers_except
+
+    from peft_reft.integrations.axolotl import ReftPlugin
+
+    model = get_peft_model(chat_model(), ReftConfig(r=8, task_type="CAUSAL_LM"))
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    freeze_layers_except(model, ["^model.language_model.*"])
+    assert not any(weight.requires_grad for weight in model.parameters())
+    cfg = DictDefault(as_reft(LORA) | {"unfrozen_parameters": ["^model.language_model.*"]})
+    found = PluginManager.get_instance().plugins.values()  # the first of its kind acts, if axolotl has found one
+    plugin = next((one for one in found if isinstance(one, ReftPlugin)), ReftPlugin())
+    plugin.add_callbacks_post_trainer(cfg, SimpleNamespace(model=model))
+    assert {name for name, weight in model.named_parameters() if weight.requires_grad} == trained
+
+
+def test_positions_shows_a_yaml_by_its_own_chat_template(tmp_path, capsys):
+    """The tokenizer's own template is ChatML."""
+    from peft_reft_cli.positions import positions
+
+    tokenizer().save_pretrained(tmp_path)
+    data = [{"path": "x.jsonl", "type": "chat_template"}]
+    config = LORA | {"adapter": "reft", "base_model": str(tmp_path), "chat_template": "llava", "datasets": data}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(config))
+    talk = [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": talk}))
+    positions(tmp_path / "x.yaml", dataset=tmp_path / "rows.jsonl", template="chat", examples=1)
+    shown = capsys.readouterr().out
+    assert "told by response_template" in shown and "im_start" not in shown
 
 
 def test_reft_is_loreft():
@@ -104,3 +187,27 @@ def test_every_example_is_validated_or_refused_clearly():
     outcomes = {name: outcome(config) for name, config in examples(Path(os.environ["AXOLOTL_EXAMPLES"]))}
     assert outcomes
     assert {name: said for name, said in outcomes.items() if said.startswith("UNCLEAR")} == {}
+
+
+# As examples of axolotl are, one of each kind of trainer.
+SMALL = LORA | {
+    "lora_target_linear": True,
+    "base_model": "meta-llama/Llama-3.2-1B",
+    "sequence_len": 512,
+    "load_in_4bit": True,
+    "bf16": "auto",
+}
+PAIRS = {"path": "x", "type": "chat_template.argilla"}
+KINDS = {
+    "alpaca": {},
+    "thoughts": {"base_model": "Qwen/Qwen3-8B", "datasets": [{"path": "x", "type": "chat_template"}]},
+    "orpo": {"rl": "orpo", "chat_template": "chatml", "datasets": [PAIRS], "remove_unused_columns": False},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_of_example_trains_on_a_tiny_model(kind):
+    found = trained(kind, SMALL | KINDS[kind])
+    assert found["outcome"] == "trained", found["text"]
+    assert found["remarks"][0] == "off: bf16, load_in_4bit"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -38,13 +39,18 @@ def run(*command: object, cwd: Path, **variables: str) -> subprocess.CompletedPr
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The source distribution, and the wheel that is built from it: once for all the processes of a test run."""
+    """The source distribution, and the wheel that is built from it: once for all the processes of a test run.
+
+    They are built from a copy: setuptools also packs what an earlier build listed in *.egg-info.
+    """
     root = tmp_path_factory.getbasetemp()
     out = (root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root) / "dist"
     with FileLock(f"{out}.lock"):
         if not out.exists():
-            unfinished = out.with_suffix(".unfinished")
-            run(sys.executable, "-m", "build", "--no-isolation", "--outdir", unfinished, REPOSITORY, cwd=root)
+            unfinished, source = out.with_suffix(".unfinished"), out.with_suffix(".source")
+            made = (".git", ".venv*", ".*_cache", "__pycache__", ".hypothesis", "*.egg-info", "build", "dist")
+            shutil.copytree(REPOSITORY, source, ignore=shutil.ignore_patterns(*made, "outputs"))
+            run(sys.executable, "-m", "build", "--no-isolation", "--outdir", unfinished, source, cwd=root)
             unfinished.rename(out)
     (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
     return sdist, wheel

@@ -54,6 +54,12 @@ TEMPLATES = {
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
         OPENING,
     ),
+    "thoughts in the last answer and in a prompt, as Qwen3.5": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n"
+        "</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n{% endif %}",
+        OPENING,
+    ),
     "a system message put into the last question, as Mistral": (
         "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
         + START

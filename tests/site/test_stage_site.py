@@ -70,6 +70,13 @@ def test_links_lead_to_pages_and_bring_them_along(tmp_path):
     assert not (pages / "project/code/d.yaml.md").exists()
 
 
+def test_names_that_begin_with_a_dot_lose_it(tmp_path):
+    """zensical has no pages of hidden files, and a link to one would end the build."""
+    pages = staged(tmp_path, **{"docs__README.md": "[flow](../.github/w/r.yml)", ".github__w__r.yml": "on: push\n"})
+    assert (pages / "index.md").read_text() == "[flow](project/github/w/r.yml.md)\n"
+    assert "on: push" in (pages / "project/github/w/r.yml.md").read_text()
+
+
 def test_a_link_to_nothing_is_named_with_its_line(tmp_path):
     files = {"docs__README.md": "fine\n\n[gone](gone.md) and [out](../../secret)", "docs__b.md": "[x](y.py)"}
     with pytest.raises(site.BrokenSite) as error:

@@ -15,6 +15,7 @@ ON_A_USERS_WAY = ("peft_reft/tuner/", "peft_reft/tools/", "peft_reft_autoload/",
 # Places whose text is another's, or that no user sees. Each by file and function.
 ELSEWHERE = {
     "integrations/axolotl/__init__.py:__getattr__": "Python's own, for a name that the module lacks",
+    "integrations/vllm/plugin.py:process": "the refusal of another version of vLLM, by require_parameters' words",
     "peft_reft/tuner/chat_template.py": "reasons, which the message 'no response template was found' quotes",
     "peft_reft/tuner/rules.py:tokenizer": "a reason, like those",
 }

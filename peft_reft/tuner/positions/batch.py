@@ -29,6 +29,7 @@ from .notices import (
 )
 from .prompts import (
     IGNORED_LABEL,
+    TEMPLATE_OR_LABELS,
     Prompts,
     Sequences,
     as_batch,
@@ -136,8 +137,8 @@ class SelectedTokens:
         runs (`int`, *optional*): An upper bound on the runs of prompt tokens (prompts.py) that they come from, where
             one is known.
         origin (`str`): By what the prompts were found: `"intervention_mask"`, `"prompt_lengths"`,
-            `"response_template"`, `"labels"`, `"response_template or labels"` where some sequences may lack the
-            template, or `"all tokens"`.
+            `"response_template"`, `"labels"`, `TEMPLATE_OR_LABELS` where some sequences may lack the template, or
+            `"all tokens"`.
         prompt_BS (`torch.BoolTensor`, *optional*): [B, S], the prompts. None where an intervention_mask names the
             tokens.
     """
@@ -322,7 +323,7 @@ def _by_template_or_labels(
         notices.warn(text, elsewhere, key="labels and template")
         _warn_of_several_answers(rules, notices, lambda: several_answers(sequences, labels, ~found_BS))
     others = by_labels(sequences, labels, rules.every) if rules.every else by_label
-    return either(sequences, found_BS, by_template, others), "response_template or labels"
+    return either(sequences, found_BS, by_template, others), TEMPLATE_OR_LABELS
 
 
 def _warn_of_several_answers(rules: Rules, notices: Notices, if_any: Callable[[], Tensor]) -> None:

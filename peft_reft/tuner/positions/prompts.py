@@ -24,6 +24,8 @@ from torch import Tensor
 
 
 IGNORED_LABEL = -100  # the label of tokens that the loss leaves out
+# The origin of prompts in a batch whose sequences may lack the response template. Labels tell those of the rest.
+TEMPLATE_OR_LABELS = "response_template or labels"
 
 
 @dataclass(frozen=True)

@@ -43,22 +43,22 @@ class Selection:
     empty_T1: Tensor | None = None
 
     @classmethod
-    def of_slots(cls, edited_BS: Tensor, index_GN: Tensor, empty_GN: Tensor | None) -> Selection:
+    def of_slots(cls, edited_BS: Tensor, index_GN: Tensor, empty_GN: Tensor) -> Selection:
         """A Selection from the slots of each group of weights.
 
         Args:
             edited_BS (`torch.BoolTensor`): [B, S], the tokens that are edited.
             index_GN (`torch.LongTensor`): [G, N], indices into the flattened batch.
-            empty_GN (`torch.BoolTensor`, *optional*): [G, N], the empty slots. None: no slot is empty.
+            empty_GN (`torch.BoolTensor`): [G, N], the empty slots.
         """
         groups, slots = index_GN.shape
         index_T, width = index_GN.flatten(), edited_BS.shape[1]
-        empty_T1 = None if empty_GN is None else empty_GN.view(-1, 1)
-        unused_TGR = None if empty_T1 is None else empty_T1[..., None]
+        empty_T1 = empty_GN.view(-1, 1)
+        unused_TGR = empty_T1[..., None]
         if groups > 1:
             other_GG = ~torch.eye(groups, dtype=torch.bool, device=index_T.device)
             other_TG1 = other_GG[:, None].expand(-1, slots, -1).reshape(-1, groups, 1)
-            unused_TGR = other_TG1 if unused_TGR is None else unused_TGR | other_TG1
+            unused_TGR = unused_TGR | other_TG1
         return cls(edited_BS, index_T, index_T // width, index_T % width, unused_TGR, empty_T1)
 
     def in_directions(self, used_FR: Tensor) -> Selection:

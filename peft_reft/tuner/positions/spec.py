@@ -8,6 +8,7 @@ Dimensions: B rows of the batch, S tokens of a row, G groups of weights.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -109,10 +110,16 @@ class Rules:
     @property
     def depend_on_batch(self) -> bool:
         """Whether the batch decides which tokens are edited, or in which directions."""
-        return not self.spec.all_tokens or bool(self.subspaces)
+        return depends_on_batch(self.spec, self.subspaces)
 
     def __str__(self) -> str:
         return f"positions={self.spec}"
+
+
+def depends_on_batch(spec: PositionSpec, subspaces: Collection | None) -> bool:
+    """Whether the batch decides which tokens an adapter with these positions and subspaces edits, or in which
+    directions."""
+    return not spec.all_tokens or bool(subspaces)
 
 
 def first_and_last(prompts: Prompts, spec: PositionSpec) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .deferred_checks import Checks
 from .notices import ways_out
-from .prompts import Sequences
+from .prompts import TEMPLATE_OR_LABELS, Sequences
 from .spec import Rules
 
 
@@ -41,16 +41,14 @@ EMPTY_BATCH = {
         "response_template is in none of its rows. Check it against the text of a prompt with "
         "peft_reft.explain_positions"
     ),
-    "response_template or labels": (
-        "the response template is in none of its rows, and no label of -100 stands before an answer"
-    ),
+    TEMPLATE_OR_LABELS: ("the response template is in none of its rows, and no label of -100 stands before an answer"),
 }
 EMPTY_ROW = {
     "labels": "no label of -100 stands before the answer",
     "prompt_lengths": "prompt_lengths is 0",
     "intervention_mask": "intervention_mask is 0",
     "response_template": "response_template is not in it",
-    "response_template or labels": "the response template is not in it, and no label of -100 stands before the answer",
+    TEMPLATE_OR_LABELS: "the response template is not in it, and no label of -100 stands before the answer",
 }
 SHORT = "a prompt of one token is too few for both first and last tokens"
 
