@@ -64,7 +64,7 @@ def inspect(
         rows = rows_of_texts(text or [], answer or [], chat, tokenizer)
     else:
         rows, _ = encode_dataset(dataset, examples, template, tokenizer, as_json)
-    explained = inspect_adapter(adapter, rows, tokenizer, name, dtype.value, quiet=as_json)
+    explained = inspect_adapter(adapter, name, rows, tokenizer, dtype.value, quiet=as_json)
     if as_json:
         print_json(explained.as_json())
     if plot is not None:

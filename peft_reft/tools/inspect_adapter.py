@@ -67,23 +67,20 @@ def rows_of_texts(
     return [{"input_ids": list(tokenizer(text, add_special_tokens=False)["input_ids"])} for text in rendered]
 
 
-def load_adapted(adapter: str | os.PathLike, base: str | None = None, dtype: str = "float32") -> PeftModel:
+def load_adapted(adapter: str | os.PathLike, base: str, dtype: str = "float32") -> PeftModel:
     """Load a base model with an adapter, in evaluation mode, on a GPU if there is one.
 
     Args:
         adapter (`str` or `os.PathLike`): The folder or hub name of the adapter.
-        base (`str`, *optional*): The folder or hub name of the base model. None: the one that the adapter names.
+        base (`str`): The folder or hub name of the base model.
         dtype (`str`): The dtype of the base: `"float32"`, `"bfloat16"`, or `"auto"` for that of its file.
 
     Raises:
-        ValueError: when the adapter is not ReFT's, or does not name its base.
+        ValueError: when the adapter is not ReFT's.
     """
     config: Any = ReftConfig.from_pretrained(str(adapter))
     if not isinstance(config, ReftConfig):
         raise ValueError(f"{adapter} holds an adapter of kind {config.peft_type.value}, not REFT.")
-    base = base or config.base_model_name_or_path
-    if not base:
-        raise ValueError(f"{adapter} does not name its base model. Give it with --base.")
     task = None if config.task_type is None else str(getattr(config.task_type, "value", config.task_type))
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if task in ("SEQ_CLS", "TOKEN_CLS"):
@@ -98,9 +95,9 @@ def load_adapted(adapter: str | os.PathLike, base: str | None = None, dtype: str
 
 def inspect_adapter(
     adapter: str | os.PathLike,
+    base: str,
     rows: Sequence[Mapping[str, list[int]]],
     tokenizer: Any,
-    base: str | None = None,
     dtype: str = "float32",
     quiet: bool = False,
 ) -> ExplainedEdits:

@@ -14,7 +14,6 @@ import zipfile
 from pathlib import Path
 
 from safetensors import safe_open
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
@@ -29,8 +28,12 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     Returns:
         `str`, *optional*: The checkpoint's folder. None: there is no complete one, and the run starts anew.
     """
-    folders = [folder for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step(folder) >= 0]
-    for folder in sorted(folders, key=_step, reverse=True):
+    # Imported here: an import of this module of transformers may be what imports PEFT, and with it this package.
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    steps = {folder: _step(folder, prefix) for folder in Path(output_dir).glob(f"{prefix}*")}
+    for folder in sorted((one for one, step in steps.items() if step >= 0), key=lambda one: steps[one], reverse=True):
         fault = _fault(folder)
         if fault is None:
             return str(folder)
@@ -38,9 +41,9 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     return None
 
 
-def _step(folder: Path) -> int:
+def _step(folder: Path, prefix: str) -> int:
     """The step of a checkpoint's folder, -1 for anything else."""
-    step = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    step = folder.name.removeprefix(prefix)
     return int(step) if step.isdigit() and folder.is_dir() else -1
 
 

@@ -94,6 +94,15 @@ def test_six_ways_without_an_import(adapter, tmp_path):
     assert list(results.values()) == pytest.approx([adapter[2]] * 5, abs=1e-3)
 
 
+@pytest.mark.parametrize("first", ["set_seed", "Trainer", "TrainingArguments", "pipeline"])
+def test_peft_may_be_imported_in_the_middle_of_an_import_of_transformers(first):
+    """transformers.trainer_utils, which has set_seed, imports PEFT before it has all its own names."""
+    code = f"from transformers import {first}; import peft, sys; print('peft_reft' in sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+    assert "which peft needs for ReFT adapters, failed" not in done.stderr
+
+
 @pytest.mark.slow
 def test_switched_off_it_is_pefts_own_error_and_run_switches_it_on(adapter, tmp_path, monkeypatch):
     off = loaded(adapter, tmp_path, PEFT_REFT_AUTOLOAD="0")
