@@ -1,7 +1,8 @@
-"""Plots of results: mean and interval of each setting along what a grid varies."""
+"""Plots of results along what a grid varies: each seed, their mean, and its interval where there are several."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,21 +16,20 @@ from .tables import half_width, results, varied, written
 LOGARITHMIC = ("rate", "rank", "examples")
 
 
-def curves(grid: Grid, kept: Records) -> dict[str, list[tuple[Any, float, float | None]]]:
-    """The curves of a grid's plot: by name, the points (value along the axis, mean in %, half of the interval).
+def curves(grid: Grid, kept: Records) -> dict[str, list[tuple[Any, list[float]]]]:
+    """The curves of a grid's plot: by name, the points (value along the axis, the score of each seed in %).
 
     A curve is a method with the settings that vary beside the one along the axis.
     """
     assert grid.plot is not None
     rows = results(grid, kept)
     names = [name for name in varied([run for run, _ in rows]) if name != grid.plot]
-    found: dict[str, list[tuple[Any, float, float | None]]] = {}
+    found: dict[str, list[tuple[Any, list[float]]]] = {}
     for run, records in rows:
         settings = run.described()
         if grid.plot not in settings:
             continue
-        scores = [100 * record["score"] for record in records]
-        point = (settings[grid.plot], mean(scores), half_width(scores))
+        point = (settings[grid.plot], [100 * record["score"] for record in records])
         found.setdefault(curve_name(run, names, rows), []).append(point)
     for points in found.values():
         if not isinstance(points[0][0], str):
@@ -60,13 +60,22 @@ def plot(name: str, grid: Grid, kept: Records, folder: Path) -> Path:
     # Texts stay texts, and nothing in the file depends on when it was made: a plot that is drawn again is the same.
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9})
     figure, axes = pyplot.subplots(figsize=(5, 3.2))
+    ticks = set()
     for curve, points in curves(grid, kept).items():
-        xs = [x for x, _, _ in points]
+        xs = [x for x, _ in points]
+        ticks.update(xs)
         style = "o" if isinstance(xs[0], str) else "o-"
-        errors = [half or 0.0 for _, _, half in points]
-        axes.errorbar(xs, [y for _, y, _ in points], yerr=errors, fmt=style, markersize=4, capsize=3, label=curve)
-        if grid.plot in LOGARITHMIC:
-            axes.set_xscale("log")
+        # A single seed has no interval: not a number draws none.
+        errors = [math.nan if (half := half_width(scores)) is None else half for _, scores in points]
+        line = axes.errorbar(
+            xs, [mean(scores) for _, scores in points], yerr=errors, fmt=style, markersize=5, capsize=3, label=curve
+        )
+        for x, scores in points:
+            axes.plot([x] * len(scores), scores, "_", color=line[0].get_color(), markersize=8)
+    if grid.plot in LOGARITHMIC:
+        axes.set_xscale("log")
+        axes.set_xticks(sorted(ticks), [f"{x:g}" for x in sorted(ticks)])
+        axes.minorticks_off()
     metric = next(records[0]["metric"] for _, records in results(grid, kept))
     axes.set_xlabel(str(grid.plot).replace("_", " "))
     axes.set_ylabel(f"{metric}, %")
