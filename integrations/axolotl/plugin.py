@@ -61,7 +61,7 @@ class ReftPlugin(BasePlugin):
             getattr(LOG, level)(line)
         decays = about_weight_decay(cfg)
         if decays is not None:
-            LOG.warning("%s", decays)
+            LOG.warning(decays)
 
     def pre_lora_load(self, cfg: DictDefault, model: PreTrainedModel) -> None:
         """Set `adapter:` back to the YAML's value, once the base model is built as LoRA's is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -89,7 +90,8 @@ with torch.no_grad():
 assert "peft_reft" not in sys.modules
 print("same logits")
 """
-    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    without = {**os.environ, "PEFT_REFT_AUTOLOAD": "0"}  # where the package is installed, `import peft` brings it
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, env=without)
     assert "same logits" in run.stdout, run.stderr[-3000:]
 
 
