@@ -158,6 +158,16 @@ GRIDS: dict[str, Grid] = {
         ],
         plot="examples",
     ),
+    "table": Grid(
+        "The starting table of docs/choosing.md, on tasks that it was not made from",
+        [
+            *runs("style", "loreft", rank=4, layers="every 5th", rate=[1e-3, 4e-3]),
+            *runs("cola", "loreft"),
+            *runs("cola", "lora"),
+            *runs("style", "lora"),
+            *runs("style", "base"),
+        ],
+    ),
     "style": Grid(
         "A new style of answer from a dozen examples: which rate?",
         [*runs("style", "loreft", rate=RATES), *runs("style", "lora", rate=RATES)],

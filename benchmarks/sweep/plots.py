@@ -1,4 +1,4 @@
-"""Plots of results along what a grid varies: each seed, their mean, and its interval where there are several."""
+"""Plots of results along what a grid varies: each seed, their mean, and its interval from three seeds on."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def plot(name: str, grid: Grid, kept: Records, folder: Path) -> Path:
         xs = [x for x, _ in points]
         ticks.update(xs)
         style = "o" if isinstance(xs[0], str) else "o-"
-        # A single seed has no interval: not a number draws none.
-        errors = [math.nan if (half := half_width(scores)) is None else half for _, scores in points]
+        # One seed has no interval, and that of two is wider than any plot: not a number draws none.
+        errors = [(half_width(scores) or 0.0) if len(scores) > 2 else math.nan for _, scores in points]
         line = axes.errorbar(
             xs, [mean(scores) for _, scores in points], yerr=errors, fmt=style, markersize=5, capsize=3, label=curve
         )

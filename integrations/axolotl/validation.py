@@ -169,8 +169,8 @@ def about_learning_rate(cfg: Mapping[str, Any]) -> tuple[str, str] | None:
         )
     if rate > HIGH_RATE:
         return "warning", (
-            f"learning_rate: {rate:g} is high for adapter: {adapter}: 0.004 was seen to fail. Its best is about "
-            "0.001: docs/choosing.md."
+            f"learning_rate: {rate:g} is high for adapter: {adapter}: 0.004 was seen to fail where all layers "
+            "are edited. Its best there is about 0.001: docs/choosing.md."
         )
     return None
 

@@ -9,9 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from paths import REPOSITORY
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
+from benchmarks.report import markdown_table
 from benchmarks.sweep import command
 from benchmarks.sweep.grids import GRIDS, Grid, planned, runs
 from benchmarks.sweep.methods import layer_indices
@@ -214,6 +216,13 @@ def test_where_takes_some_of_the_runs(tmp_path, monkeypatch):
 def test_an_unknown_grid_is_named(tmp_path):
     done = CliRunner().invoke(app, ["sweep", "ranks", "--records", str(tmp_path / "records.jsonl")])
     assert done.exit_code != 0 and "no grid ranks" in done.output
+
+
+@pytest.mark.parametrize("name", ["methods", "positions", "rank", "sink", "table"])
+def test_the_page_has_the_table_of_the_records(name):
+    columns, lines = table(GRIDS[name], Records(REPOSITORY / "benchmarks" / "sweep" / "records.jsonl"))
+    assert lines
+    assert markdown_table(columns, lines) in (REPOSITORY / "docs" / "choosing.md").read_text(encoding="utf-8")
 
 
 def test_an_estimate_is_the_mean_of_runs_like_it(tmp_path):
