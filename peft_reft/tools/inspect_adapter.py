@@ -11,6 +11,7 @@ import transformers
 from peft import PeftModel
 from peft.utils import load_peft_weights
 
+from ..tuner.card import CLASSIFIES, labels_of_head
 from ..tuner.config import ReftConfig
 from .explain_edits import ExplainedEdits, explain_edits
 from .formats import encode_row, pad_rows
@@ -26,7 +27,6 @@ LOADS = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # [number of classes, width]
 
 
 def rows_of_texts(
@@ -83,11 +83,11 @@ def load_adapted(adapter: str | os.PathLike, base: str, dtype: str = "float32") 
         raise ValueError(f"{adapter} holds an adapter of kind {config.peft_type.value}, not REFT.")
     task = None if config.task_type is None else str(getattr(config.task_type, "value", config.task_type))
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-    if task in ("SEQ_CLS", "TOKEN_CLS"):
+    if task in CLASSIFIES:
         # The trained head is in the adapter, and the base is made with a head of its size.
         weights = load_peft_weights(str(adapter), device="cpu")
-        sizes = [tensor.shape[0] for name, tensor in weights.items() if name.endswith(HEADS)]
-        options |= {"num_labels": sizes[0]} if sizes else {}
+        labels = labels_of_head({name: tensor.shape for name, tensor in weights.items()})
+        options |= {} if labels is None else {"num_labels": labels}
     model = getattr(transformers, LOADS[task]).from_pretrained(base, **options)
     adapted = PeftModel.from_pretrained(model, str(adapter))
     return adapted.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -12,6 +12,7 @@ import os
 import re
 import warnings
 import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,6 +40,7 @@ AUTO_CLASSES = {
 BEGIN = "<!-- peft_reft {}: written by peft_reft. A save renews it, unless it was edited. -->"
 END = "<!-- peft_reft: end -->"
 SECTION = re.compile(r"<!-- peft_reft (\w+): [^\n]*-->\n(.*?)\n<!-- peft_reft: end -->", re.DOTALL)
+CLASSIFIES = ("SEQ_CLS", "TOKEN_CLS")  # the tasks whose base is made for a number of labels
 # A trained head of a classifier in an adapter's file, whose rows are the labels.
 HEAD = re.compile(r"\b(?:score|classifier|out_proj)\.weight$")
 
@@ -195,7 +197,8 @@ def _snippet(config: Config, adapter: str, shapes: dict[str, list[int]]) -> str:
     """Python code that loads the adapter and uses it."""
     task = getattr(config.task_type, "value", config.task_type)
     auto_class = AUTO_CLASSES.get(task, "AutoPeftModel")
-    options = _labels_of_head(shapes) if task in ("SEQ_CLS", "TOKEN_CLS") else ""
+    labels = labels_of_head(shapes) if task in CLASSIFIES else None
+    options = "" if labels is None else f", num_labels={labels}"
     here = "  # the folder of this card, or its name on the Hub" if adapter == "." else ""
     lines = [
         "import peft_reft  # makes PEFT know ReFT",
@@ -238,7 +241,14 @@ def _inputs(config: Config, generates: bool) -> list[str]:
     return [f'inputs = tokenizer({prompt}, return_tensors="pt"){to_model}']
 
 
-def _labels_of_head(shapes: dict[str, list[int]]) -> str:
-    """The argument that gives the base a head of the size of the adapter's, where the adapter has one."""
+def labels_of_head(shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """The number of labels of the trained head in an adapter's file, which the base needs a head of the size of.
+
+    Args:
+        shapes (`Mapping[str, Sequence[int]]`): The shapes of the file's tensors, by name.
+
+    Returns:
+        `int`, *optional*: The number. None: the file has no head.
+    """
     sizes = [shape[0] for name, shape in shapes.items() if HEAD.search(name) and "reft_" not in name]
-    return f", num_labels={sizes[-1]}" if sizes else ""
+    return sizes[-1] if sizes else None
