@@ -1,13 +1,14 @@
 """Worker processes, and measurements in pairs.
 
-A machine's speed drifts by more than the differences to be measured. So the runs of all models are interleaved, and
-each time is divided by the base's of the same turn, in the same process. The median and the quartiles of these ratios
-are reported.
+A machine's speed drifts by more than the differences to be measured. So the runs of all models are interleaved, in
+another order in each turn, and each time is divided by the base's of the same turn, in the same process. The median
+and the quartiles of these ratios are reported.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -100,14 +101,17 @@ class Ratio:
 def interleave(
     runs: dict[str, Callable[[], float]], pairs: int, warmup: int = 3, tick: Callable[[], None] | None = None
 ) -> dict[str, list[float]]:
-    """Run all of `runs` `pairs` times, in turn and back (A B C, C B A, ...), and return the seconds of each."""
-    names = list(runs)
+    """Run all of `runs` `pairs` times, each turn in an order of its own, and return the seconds of each.
+
+    A run is slower after some runs than after others, by what they leave in the processor's caches. So its neighbours
+    change."""
+    names, chance = list(runs), random.Random(0)
     for _ in range(warmup):
         for name in names:
             runs[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(pairs):
-        for name in names if turn % 2 == 0 else reversed(names):
+    for _ in range(pairs):
+        for name in chance.sample(names, len(names)):
             seconds[name].append(runs[name]())
         if tick is not None:
             tick()

@@ -178,8 +178,11 @@ class SelectedTokens:
 
 
 def _columns(mask_BS: Tensor, column: int, width: int, repeats: int) -> Tensor:
-    here_BS = mask_BS[:, column : column + width].repeat_interleave(repeats, dim=0)
-    return nn.functional.pad(here_BS, (0, width - here_BS.shape[1]))
+    here_BS = mask_BS[:, column : column + width]
+    if repeats > 1:
+        here_BS = here_BS.repeat_interleave(repeats, dim=0)
+    generated = width - here_BS.shape[1]
+    return nn.functional.pad(here_BS, (0, generated)) if generated else here_BS
 
 
 def select_tokens(
