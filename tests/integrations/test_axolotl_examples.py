@@ -16,6 +16,7 @@ import yaml
 pytest.importorskip("axolotl", reason="needs the extra `axolotl`")
 
 from models import chat_model, tokenizer
+from paths import REPOSITORY
 from peft import get_peft_model
 from sweep_axolotl_examples import as_reft, examples, outcome, refusal
 from train_axolotl_examples import trained
@@ -179,6 +180,15 @@ def test_learning_rate(rate, level):
 
     said = about_learning_rate({"adapter": "loreft", "learning_rate": rate})
     assert (said and said[0]) == level
+
+
+def test_few_layers_bear_a_high_learning_rate():
+    """The quickstart's, at which six layers of thirty learn best."""
+    from peft_reft.integrations.axolotl.validation import about_learning_rate
+
+    keys = yaml.safe_load((REPOSITORY / "examples" / "quickstart.yaml").read_text(encoding="utf-8"))
+    assert keys["learning_rate"] == 4e-3 and about_learning_rate(keys) is None
+    assert about_learning_rate({**keys, "peft_layers_to_transform": None}) is not None
 
 
 @pytest.mark.parametrize(
