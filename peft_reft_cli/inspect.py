@@ -51,8 +51,9 @@ def inspect(
     from transformers import AutoTokenizer
 
     from peft_reft.tools.heat_map import draw_heat_map
-    from peft_reft.tools.inspect_adapter import inspect_adapter, rows_of_texts
+    from peft_reft.tools.inspect_adapter import check_answers, inspect_adapter, rows_of_texts, task_of
 
+    task = task_of(adapter)
     name = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
     if not name:
         raise ValueError(f"{adapter} does not name its base model. Give it with --base.")
@@ -61,9 +62,11 @@ def inspect(
     with naming(option, name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name)
     if dataset is None:
-        rows = rows_of_texts(text or [], answer or [], chat, tokenizer)
+        rows = rows_of_texts(text or [], answer or [], chat, tokenizer, task)
     else:
         rows, _ = encode_dataset(dataset, examples, template, tokenizer, as_json)
+        if any("labels" in row for row in rows):
+            check_answers(task, f"--dataset {dataset}")
     explained = inspect_adapter(adapter, name, rows, tokenizer, dtype.value, quiet=as_json)
     if as_json:
         print_json(explained.as_json())

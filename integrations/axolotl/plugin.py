@@ -85,7 +85,7 @@ class ReftPlugin(BasePlugin):
             if every:
                 from peft_reft.tools.log_edits import LogEdits  # imports transformers' callbacks
 
-                return [LogEdits(every, trainer)]
+                return [LogEdits(every)]
         return []
 
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
+from ..tuner.forward.context import ForwardContext
 from ..tuner.layer import ReftLayer
 from .measure import MeasuredEdit, measured
 
@@ -179,9 +182,16 @@ def explain_edits(
         )
     device = next(model.parameters()).device
     tensors = {key: _on(device, value) for key, value in batch.items() if value is not None}
+
+    def run() -> float | None:
+        # A forward adds to a cache, and the next one is to read what the batch gave.
+        fresh = {key: copy.deepcopy(value) if isinstance(value, Cache) else value for key, value in tensors.items()}
+        loss = getattr(model(**fresh), "loss", None)
+        return None if loss is None else float(loss)
+
     with torch.no_grad(), _evaluating(model):
         with measured(model) as found:
-            loss = _loss(model(**tensors))
+            loss = run()
         # A layer that two modules of the model share, or that runs several times, has all its edits together.
         by_layer: dict[ReftLayer, list[MeasuredEdit]] = {}
         for edit in found.edits:
@@ -196,10 +206,10 @@ def explain_edits(
         if loss is not None:
             for layer in by_layer:
                 with _switched_off([layer]):
-                    without[layer] = _loss(model(**tensors))
+                    without[layer] = run()
             with _switched_off(layers):
-                base = _loss(model(**tensors))
-    texts = _Texts(tensors, tokenizer)
+                base = run()
+    texts = _Texts(model, tensors, tokenizer)
     explained = ExplainedEdits(
         [ExplainedLayer(layer.name, texts.sizes(edits), without[layer]) for layer, edits in by_layer.items()],
         loss,
@@ -216,11 +226,17 @@ def shown(text: str) -> str:
 
 
 class _Texts:
-    """The texts of the tokens of a batch."""
+    """The texts of the tokens of a batch. Where an encoder-decoder model makes the decoder's tokens from labels, they
+    are made as the model does."""
 
-    def __init__(self, tensors: Mapping[str, Any], tokenizer: Any) -> None:
-        encoder, decoder = tensors.get("input_ids"), tensors.get("decoder_input_ids")
-        self._ids = {True: encoder, False: encoder if decoder is None else decoder}
+    def __init__(self, model: Any, tensors: Mapping[str, Any], tokenizer: Any) -> None:
+        ids, context = tensors.get("input_ids"), ForwardContext.of(model)
+        self._ids = {True: ids, False: ids}
+        if context is not None and context.has_encoder:
+            self._ids[False] = tensors.get("decoder_input_ids")
+            make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+            if self._ids[False] is None and make is not None and isinstance(tensors.get("labels"), Tensor):
+                self._ids[False] = make(labels=tensors["labels"])
         self._tokenizer = tokenizer
 
     def sizes(self, edits: list[MeasuredEdit]) -> dict[EditedToken, float]:
@@ -246,11 +262,6 @@ def _on(device: torch.device, value: Any) -> Any:
     if isinstance(value, list) and value and not isinstance(value[0], (str, dict)):
         value = torch.tensor(value)
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-def _loss(output: Any) -> float | None:
-    loss = getattr(output, "loss", None)
-    return None if loss is None else float(loss)
 
 
 @contextmanager

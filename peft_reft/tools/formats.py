@@ -137,11 +137,13 @@ def encode_row(row: dict[str, Any], template: str, tokenizer: Any) -> dict[str, 
 
 
 def pad_rows(rows: list[dict[str, list[int]]]) -> dict[str, list[list[int]]]:
-    """Rows as one batch, padded on the right."""
-    width = max(len(row["input_ids"]) for row in rows)
-    fillers = {"input_ids": 0, "labels": IGNORED_LABEL} if "labels" in rows[0] else {"input_ids": 0}
-    batch = {key: [row[key] + [filler] * (width - len(row[key])) for row in rows] for key, filler in fillers.items()}
-    batch["attention_mask"] = [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows]
+    """Rows as one batch, padded on the right. Labels of another length than the tokens are those of a decoder."""
+    rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    batch = {}
+    for key, filler in (("input_ids", 0), ("labels", IGNORED_LABEL), ("attention_mask", 0)):
+        if key in rows[0]:
+            width = max(len(row[key]) for row in rows)
+            batch[key] = [row[key] + [filler] * (width - len(row[key])) for row in rows]
     return batch
 
 

@@ -29,8 +29,39 @@ LOADS = {
 }
 
 
+def task_of(adapter: str | os.PathLike) -> str | None:
+    """The task type of a saved ReFT adapter, `"CAUSAL_LM"` for example. None: its config names none.
+
+    Raises:
+        ValueError: when the adapter is not ReFT's.
+    """
+    config: Any = ReftConfig.from_pretrained(str(adapter))
+    if not isinstance(config, ReftConfig):
+        raise ValueError(f"{adapter} holds an adapter of kind {config.peft_type.value}, not REFT.")
+    return None if config.task_type is None else str(getattr(config.task_type, "value", config.task_type))
+
+
+def check_answers(task: str | None, source: str) -> None:
+    """Refuse rows of a prompt and an answer for an adapter whose base does not read both in one.
+
+    Args:
+        task (`str`, *optional*): The adapter's task type.
+        source (`str`): Where the answers come from, for the message.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if task in (None, "CAUSAL_LM"):
+        return
+    way_out = "Give --text and --answer" if task == "SEQ_2_SEQ_LM" else "Leave the answers out"
+    raise ValueError(
+        f"{source}: a prompt and its answer are one text for a causal language model, and the adapter is for {task}. "
+        f"{way_out}, or call explain_edits(model, batch) with labels of your own."
+    )
+
+
 def rows_of_texts(
-    texts: Sequence[str], answers: Sequence[str], chat: bool, tokenizer: Any
+    texts: Sequence[str], answers: Sequence[str], chat: bool, tokenizer: Any, task: str | None = None
 ) -> list[dict[str, list[int]]]:
     """Tokens of prompts, with labels where they have answers.
 
@@ -40,14 +71,26 @@ def rows_of_texts(
         chat (`bool`): Whether a prompt is what a user says, to be put into the tokenizer's chat template. Else it is
             the text that the model reads.
         tokenizer (`transformers.PreTrainedTokenizerBase`): The tokenizer.
+        task (`str`, *optional*): The adapter's task type. The labels of `"SEQ_2_SEQ_LM"` are the decoder's.
 
     Raises:
-        ValueError: when there are answers, and not one for each prompt, or when the tokenizer has no chat template.
+        ValueError: when there are answers, and not one for each prompt, or of an adapter for a task without answers,
+            or when the tokenizer has no chat template.
     """
     if answers and len(answers) != len(texts):
         raise ValueError(
             f"{len(texts)} texts and {len(answers)} answers were given. Give an answer for each, or none."
         )
+    if answers and task == "SEQ_2_SEQ_LM" and not chat:
+        return [
+            {
+                "input_ids": list(tokenizer(text)["input_ids"]),
+                "labels": list(tokenizer(text_target=answer)["input_ids"]),
+            }
+            for text, answer in zip(texts, answers)
+        ]
+    if answers:
+        check_answers(task, "--answer")
     if not chat:
         if answers:
             rows = [{"prompt": text, "completion": answer} for text, answer in zip(texts, answers)]
@@ -78,10 +121,7 @@ def load_adapted(adapter: str | os.PathLike, base: str, dtype: str = "float32") 
     Raises:
         ValueError: when the adapter is not ReFT's.
     """
-    config: Any = ReftConfig.from_pretrained(str(adapter))
-    if not isinstance(config, ReftConfig):
-        raise ValueError(f"{adapter} holds an adapter of kind {config.peft_type.value}, not REFT.")
-    task = None if config.task_type is None else str(getattr(config.task_type, "value", config.task_type))
+    task = task_of(adapter)
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if task in CLASSIFIES:
         # The trained head is in the adapter, and the base is made with a head of its size.

@@ -32,12 +32,10 @@ class LogEdits(TrainerCallback):
 
     Args:
         every (`int`): N, in optimizer steps. The steps that are measured are N, 2N, ...
-        trainer (`transformers.Trainer`, *optional*): The Trainer. None: the one that is given the callback in
-            `callbacks=`.
 
     Raises:
-        ValueError: when `every` is not at least 1. When a training begins: when the callback has no Trainer, or the
-            model no ReFT adapter.
+        ValueError: when `every` is not at least 1. When a training begins: when the model has no ReFT adapter, or the
+            Trainer has a `train` of its own and was not given the callback in `callbacks=`.
 
     Example:
 
@@ -45,26 +43,24 @@ class LogEdits(TrainerCallback):
         >>> from peft_reft.tools.log_edits import LogEdits
 
         >>> trainer = Trainer(model, args=args, train_dataset=data, callbacks=[LogEdits(every=50)])
-        >>> trainer.add_callback(LogEdits(50, trainer))  # the same, for a Trainer that is there already
         ```
     """
 
-    def __init__(self, every: int, trainer: Trainer | None = None) -> None:
+    def __init__(self, every: int) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(
                 f"LogEdits(every={every!r}) is not possible. Allowed: a number of steps from 1, such as 50."
             )
         self.every = every
-        self.trainer = trainer
+        self.trainer: Trainer | None = None  # trainers.py sets it: the Trainer that trains
         self._hooks = ExitStack()
         self._found: Measurement | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._stop()  # an earlier training may have ended with an error
+        self.stop()  # an earlier training may have ended with an error
         if self.trainer is None:
             raise ValueError(
-                "LogEdits has no Trainer to log to. Give it to the Trainer in callbacks=[LogEdits(...)], or name the "
-                "Trainer: trainer.add_callback(LogEdits(every, trainer))."
+                "LogEdits has no Trainer to log to. Give it to the Trainer in callbacks=[LogEdits(...)]."
             )
         with measured(model):  # raises where there is nothing to measure
             pass
@@ -74,7 +70,7 @@ class LogEdits(TrainerCallback):
             self._found = self._hooks.enter_context(measured(model, with_gradients=True))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        found = self._stop()
+        found = self.stop()
         if found is not None and found.edits:
             assert self.trainer is not None
             from transformers import Trainer  # here: importing it imports trainers.py, which imports this module
@@ -83,9 +79,10 @@ class LogEdits(TrainerCallback):
             Trainer.log(self.trainer, _summary(found.edits))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._stop()
+        self.stop()
 
-    def _stop(self) -> Measurement | None:
+    def stop(self) -> Measurement | None:
+        """Take the hooks of a measured step off the model, also where an error has ended the step."""
         found, self._found = self._found, None
         self._hooks.close()
         return found

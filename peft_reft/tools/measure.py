@@ -60,37 +60,42 @@ class Measurement:
         self._has_encoder = context.has_encoder
         self._with_gradients = with_gradients
         self._arguments: dict[str, Any] = {}
+        self._passed_over = False
         self._before: dict[str, tuple[Tensor, Tensor]] = {}  # layer name -> the edited tokens [F], and their states
 
-    @torch.no_grad()
     def note_call(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Runs before the model does."""
         self._arguments = {**dict(zip(forward_parameters(model), args)), **kwargs}
+        # Asked here: reentrant checkpointing runs the layers of a forward with gradients without them.
+        self._passed_over = self._with_gradients and not torch.is_grad_enabled()
 
     @torch.no_grad()
     def note_before(self, layer: ReftLayer, output: Any) -> None:
         """Runs when the wrapped module of a layer has run, before the edit."""
-        jobs = (layer.state.call.jobs or {}).get(layer.name)
+        call = layer.state.call
+        if self._passed_over or call.in_use is None:  # in_use is None when backward runs a checkpointed layer again
+            return
+        jobs = (call.jobs or {}).get(layer.name)
         if jobs:
             h = _states(layer, output, jobs)
             edited_F = self._edited(layer, jobs, h.shape[:-1])
             # A copy: the edit may be made in place.
             self._before[layer.name] = edited_F, h.reshape(-1, h.shape[-1])[edited_F]
 
+    @torch.no_grad()
     def note_after(self, layer: ReftLayer, output: Any) -> None:
         """Runs when a layer has run."""
         before = self._before.pop(layer.name, None)
-        if before is None or (self._with_gradients and not torch.is_grad_enabled()):
+        if before is None:
             return
-        with torch.no_grad():
-            edited_F, h_TD = before
-            h = _states(layer, output, (layer.state.call.jobs or {})[layer.name])
-            h_TD, edited_TD = h_TD.float(), h.reshape(-1, h.shape[-1])[edited_F].float()
-            size_T = (edited_TD - h_TD).norm(dim=-1) / h_TD.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-            real_BS = self._real(layer, edited_F.numel())
-            width, tokens = (h.shape[-2], edited_F.numel()) if real_BS is None else (real_BS.shape[1], real_BS.sum())
-            index_T = edited_F.nonzero().flatten()
-            self.edits.append(MeasuredEdit(layer, index_T // width, index_T % width, size_T, int(tokens)))
+        edited_F, h_TD = before
+        h = _states(layer, output, (layer.state.call.jobs or {})[layer.name])
+        h_TD, edited_TD = h_TD.float(), h.reshape(-1, h.shape[-1])[edited_F].float()
+        size_T = (edited_TD - h_TD).norm(dim=-1) / h_TD.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+        real_BS = self._real(layer, edited_F.numel())
+        width, tokens = (h.shape[-2], edited_F.numel()) if real_BS is None else (real_BS.shape[1], real_BS.sum())
+        index_T = edited_F.nonzero().flatten()
+        self.edits.append(MeasuredEdit(layer, index_T // width, index_T % width, size_T, int(tokens)))
 
     def _edited(self, layer: ReftLayer, jobs: Sequence[Job], shape: torch.Size) -> Tensor:
         """bool [F]: the tokens that any of the jobs edits, without padding."""

@@ -42,9 +42,16 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         raise ValueError(
             f"{type(model).__name__} has no ReFT adapter. For LoRA alone, peft.helpers has this function."
         )
+    lora = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    merged = sorted({name for layer in lora for name in layer.merged_adapters})
+    if merged and multiplier != 1:
+        raise ValueError(
+            f"{', '.join(merged)}: LoRA adapters that are merged have their strength in the weights, where it can't "
+            "change. Call unmerge_adapter() first."
+        )
     before = [(layer, dict(layer.scaling)) for layer in layers]
     with ExitStack() as stack:
-        if any(isinstance(module, LoraLayer) for module in model.modules()):
+        if lora:
             stack.enter_context(rescale_lora(model, multiplier))
         try:
             for layer in layers:

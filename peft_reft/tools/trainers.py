@@ -65,6 +65,7 @@ def serve_trainers() -> None:
     if hasattr(Trainer.__init__, "_serves_reft"):
         return
     Trainer.__init__ = _serving(Trainer.__init__)  # type: ignore[method-assign]
+    Trainer.train = _logging_edits(Trainer.train)  # type: ignore[method-assign]
     for name in DROPPING:
         if hasattr(Trainer, name):
             setattr(Trainer, name, _keeping_columns(getattr(Trainer, name)))
@@ -91,6 +92,23 @@ def _serving(init: Any) -> Any:
 
     make._serves_reft = True  # type: ignore[attr-defined]
     return make
+
+
+def _logging_edits(train: Any) -> Any:
+    """`Trainer.train`, which is the Trainer that its LogEdits log to, and takes their hooks off where it fails."""
+
+    @functools.wraps(train)
+    def run(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        own = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LogEdits)]
+        for callback in own:
+            callback.trainer = trainer
+        try:
+            return train(trainer, *args, **kwargs)
+        finally:
+            for callback in own:
+                callback.stop()
+
+    return run
 
 
 def _introducing(trainer: Any) -> Any:

@@ -124,8 +124,8 @@ class ReftLayer(nn.Module, Scalable, BaseTunerLayer):
             setattr(base_layer, name, value)
         else:
             super().__setattr__(name, value)
-            # PEFT sets the active adapter and its switch this way. The mode is set by `train` alone.
-            if name != "training" and (state := self.__dict__.get("state")) is not None:
+            # PEFT sets the active adapter and its switch this way, and torch the mode.
+            if (state := self.__dict__.get("state")) is not None:
                 state.changed()
 
     def named_modules(
@@ -177,7 +177,8 @@ class ReftLayer(nn.Module, Scalable, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def adapters_in_use(self, mixed: Sequence[str] | None) -> list[LayerAdapter]:
-        """The adapters by which this layer edits now, in order. Empty where all are off, merged or of strength 0.
+        """The adapters by which this layer edits now, in order. Empty where all are off, merged or, outside training,
+        of strength 0.
 
         forward/context.py calls this once a forward.
 
@@ -197,7 +198,7 @@ class ReftLayer(nn.Module, Scalable, BaseTunerLayer):
         return [
             LayerAdapter(self.name, name, self.in_encoder, self._edit(name, scaling[name]), *self.weights(name))
             for name in (self.active_adapters if mixed is None else mixed)
-            if name in loaded and scaling[name] != 0
+            if name in loaded and (scaling[name] != 0 or self.training)  # in training, all weights get a gradient
         ]
 
     def _edit(self, adapter_name: str, scale: float) -> Edit:

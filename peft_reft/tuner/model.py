@@ -200,7 +200,8 @@ class ReftModel(BaseTuner):
             ValueError: when `scale` is not finite, or when the adapter is not loaded or merged.
         """
         if not any(adapter in layer.scaling for layer in self._layers):
-            raise ValueError(f"There is no adapter {adapter!r} to scale. Loaded are: {', '.join(self.peft_config)}.")
+            own = [name for name, config in self.peft_config.items() if config.peft_type == NAME]
+            raise ValueError(f"There is no ReFT adapter {adapter!r} to scale. Loaded are: {', '.join(own)}.")
         for layer in self._layers:
             layer.set_scale(adapter, scale)
 

@@ -21,6 +21,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from peft_reft import ReftConfig
@@ -151,8 +153,42 @@ def test_a_classifier_has_its_head(tmp_path, capfd, monkeypatch):
     model = get_peft_model(base, ReftConfig(r=2, positions="f1", task_type="SEQ_CLS"))
     randomize(model)
     model.save_pretrained(tmp_path / "adapter")
-    out, err = run(capfd, monkeypatch, tmp_path / "adapter", "--base", tmp_path / "base", "--text", "Why?", "--json")
+    given = [tmp_path / "adapter", "--base", tmp_path / "base"]
+    out, err = run(capfd, monkeypatch, *given, "--text", "Why?", "--json")
     assert len(json.loads(out)["layers"]) == 2, err
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "Why?", "completion": "No."}) + "\n")
+    for rows in (["--text", "Why?", "--answer", "No."], ["--dataset", tmp_path / "rows.jsonl"]):
+        _, err = run(capfd, monkeypatch, *given, *rows)
+        assert "are one text for a causal language model, and the adapter is for SEQ_CLS. Leave the answers out" in err
+
+
+def test_an_answer_of_an_encoder_decoder_model_is_the_decoders(tmp_path, capfd, monkeypatch):
+    words = tokenizer()
+    words.save_pretrained(tmp_path / "base")
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": len(words)}
+    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    base.save_pretrained(tmp_path / "base")
+    targets = r"(encoder|decoder)\.block\.\d+"
+    model = get_peft_model(base, ReftConfig(r=2, positions="l1", task_type="SEQ_2_SEQ_LM", target_modules=targets))
+    randomize(model)
+    model.eval().save_pretrained(tmp_path / "adapter")
+    given = [tmp_path / "adapter", "--base", tmp_path / "base", "--json"]
+    texts, answers = ("Why?", "Why is that?"), ("No.", "It is not.")
+    asked = [part for text, answer in zip(texts, answers) for part in ("--text", text, "--answer", answer)]
+    out, err = run(capfd, monkeypatch, *given, *asked)
+    found = json.loads(out or err)
+    prompts, labels = ([words(text)["input_ids"] for text in own] for own in (texts, answers))
+    ends = [(row, len(ids) - 1) for row, ids in enumerate(prompts)]
+    assert [(t["row"], t["column"]) for t in found["tokens"] if t["in_encoder"]] == ends
+    with torch.no_grad():
+        losses = [
+            model(input_ids=torch.tensor([ids]), labels=torch.tensor([own])).loss.item() * len(own)
+            for ids, own in zip(prompts, labels)
+        ]
+    assert found["loss"] == pytest.approx(sum(losses) / sum(map(len, labels)), rel=1e-4)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "Why?", "completion": "No."}) + "\n")
+    _, err = run(capfd, monkeypatch, *given, "--dataset", tmp_path / "rows.jsonl")
+    assert "the adapter is for SEQ_2_SEQ_LM. Give --text and --answer" in err
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,21 @@ def test_encoder_decoder():
     sides = {layer.name.split(".")[0]: {token.in_encoder for token in layer.sizes} for layer in found.layers}
     assert sides == {"encoder": {True}, "decoder": {False}}
     assert all((token.row, token.column) in ((0, 0), (1, 0)) for token in found.tokens)
+    # The decoder reads the labels behind its start token, which T5 has at id 0.
+    first = batch["input_ids"][:, 0].tolist()
+    assert [token.text for token in found.tokens] == [*map(str, first), "0", "0"]
+
+
+def test_each_forward_reads_the_cache_that_was_given():
+    model, ids = adapted(positions="all"), prompts(9)["input_ids"]
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :4], use_cache=True).past_key_values
+    batch = {"input_ids": ids[:, 4:], "labels": ids[:, 4:], "past_key_values": cache}
+    found = explain_edits(model, batch, quiet=True)
+    assert cache.get_seq_length() == 4
+    model.set_scale("default", 0.0)
+    with torch.no_grad():
+        assert found.loss_of_base == pytest.approx(model(**batch).loss.item(), rel=1e-6)
 
 
 def test_the_model_is_left_as_it_was():

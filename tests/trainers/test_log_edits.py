@@ -125,11 +125,54 @@ def test_training_is_what_it_was(tmp_path):
     assert all(map(torch.equal, *weights))
 
 
-def test_added_later_with_its_trainer(tmp_path):
+def test_added_later(tmp_path):
     run = trainer(tmp_path, [])
-    run.add_callback(LogEdits(4, run))
+    run.add_callback(LogEdits(4))
     run.train()
     assert len(logged(run)) == 1
+
+
+def test_a_second_trainer_gets_its_own_rows(tmp_path):
+    callback = LogEdits(2)
+    first, second = (trainer(tmp_path / kind, [callback]) for kind in ("a", "b"))
+    for run in (first, second, first):
+        run.train()
+        assert [row["step"] for row in logged(run)] == [2, 4]
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_an_error_in_a_logged_step_leaves_nothing_behind(tmp_path, where):
+    class Failing(t.Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            if where == "forward":
+                raise KeyboardInterrupt
+            loss.register_hook(lambda gradient: 1 / 0)
+            return loss
+
+    run = trainer(tmp_path, [LogEdits(1)])
+    run.__class__ = Failing
+    with pytest.raises((KeyboardInterrupt, ZeroDivisionError)):
+        run.train()
+    layers = [module for module in run.model.modules() if isinstance(module, ReftLayer)]
+    assert not any(layer._forward_hooks or layer.base_layer._forward_hooks for layer in layers)
+    compiled_graphs: list[Any] = []
+    torch.compile(torch.sin, backend=lambda graph, _: compiled_graphs.append(graph) or graph)(torch.ones(3))
+    assert compiled_graphs  # torch compiles again
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_edits_inside_checkpointed_blocks_count_once(tmp_path, reentrant):
+    """Backward runs them again, up to the last tensor that it needs: the last edit of a block would count less."""
+    kinds = [{}, checkpointed(reentrant)]
+    runs = [
+        trainer(tmp_path / str(i), [LogEdits(2)], adapted(target_modules=["o_proj", "down_proj"]), **kind)
+        for i, kind in enumerate(kinds)
+    ]
+    for run in runs:
+        run.train()
+    plain, other = ([row["reft/edit_size"] for row in logged(run)] for run in runs)
+    assert len(plain) == 2 and other == pytest.approx(plain, rel=1e-4)
 
 
 def test_evaluation_and_forwards_without_gradients_do_not_count(tmp_path):
@@ -159,12 +202,9 @@ def test_what_is_not_possible_is_refused(tmp_path):
             ValueError, match=r"LogEdits\(every=.*\) is not possible. Allowed: a number of steps from 1"
         ):
             LogEdits(every)
-    run = trainer(tmp_path, [])
-    run.add_callback(LogEdits(2))
     with pytest.raises(ValueError, match="LogEdits has no Trainer to log to"):
-        run.train()
-    run = trainer(tmp_path, [], build("llama"))
-    run.add_callback(LogEdits(2, run))
+        LogEdits(2).on_train_begin(None, None, None, adapted())
+    run = trainer(tmp_path, [LogEdits(2)], build("llama"))
     with pytest.raises(ValueError, match="LlamaForCausalLM has no ReFT adapter, so there are no edits to measure"):
         run.train()
 

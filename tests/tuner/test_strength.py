@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import build, labelled, prompts, randomize, weight
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from peft_reft import ReftConfig, ReftLayer, rescale_adapter_scale
@@ -186,6 +187,14 @@ def test_rescale_adapter_scale_reaches_lora_beside_reft():
     with rescale_adapter_scale(model, 0):
         assert torch.equal(states(model), base)
     assert torch.equal(states(model), edited)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.merge()
+    merged = states(model)
+    with pytest.raises(ValueError, match="lora: LoRA adapters that are merged have their strength in the weights"):
+        rescale_adapter_scale(model, 0).__enter__()
+    with rescale_adapter_scale(model, 1):
+        assert torch.equal(states(model), merged)
 
 
 def test_methods_of_lora_layers():
@@ -273,6 +282,28 @@ def test_training_at_another_strength(checkpointing):
         torch.testing.assert_close(scaled, 0.5 * plain, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["all layers", "one layer", "after a forward in evaluation"])
+def test_training_at_strength_0_has_gradients_of_0(mode):
+    """As LoRA at a scaling of 0: the loss is the base's, and each weight has a gradient, which DDP waits for."""
+    batch = labelled(9, 7, prompt=4, seed=1)
+    model = adapted(task_type="CAUSAL_LM")
+    layers = layers_of(model)[: 1 if mode == "one layer" else None]
+    for layer in layers:
+        layer.set_scale("default", 0)
+    if mode == "after a forward in evaluation":
+        states(model)
+        for module in model.modules():
+            module.training = True
+    else:
+        model.train()
+    loss = model(**batch).loss
+    loss.backward()
+    if mode != "one layer":
+        assert loss.item() == build("llama").train()(**batch).loss.item()
+    gradients = [weight(layer, letter).grad for layer in layers for letter in "RWb"]
+    assert gradients and all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
 def test_compiled_models_see_a_change():
     torch.compiler.reset()
     model, plain = adapted(), adapted()
@@ -302,7 +333,7 @@ def test_what_is_no_strength_is_refused(scale, error):
 
 def test_what_can_not_be_scaled_is_refused():
     model = adapted()
-    with pytest.raises(ValueError, match="There is no adapter 'other' to scale. Loaded are: default"):
+    with pytest.raises(ValueError, match="There is no ReFT adapter 'other' to scale. Loaded are: default"):
         model.set_scale("other", 0.5)
     with pytest.raises(ValueError, match="scale=0 can't be divided by"):
         layers_of(model)[0].unscale_layer(0)
