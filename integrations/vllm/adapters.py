@@ -76,6 +76,20 @@ def fingerprint(folder: str) -> str:
     return digest.hexdigest()[:32]
 
 
+def refuse_change(folder: str, content: str) -> None:
+    """Refuse a folder that does not hold any more what it held when its loading began.
+
+    Args:
+        folder (`str`): The folder.
+        content (`str`): Its `fingerprint` then.
+
+    Raises:
+        ValueError: when it holds something else.
+    """
+    if fingerprint(folder) != content:
+        raise ValueError(f"The ReFT adapter {folder!r} was written to while it was loaded. Load it again.")
+
+
 @dataclass
 class Adapter:
     """A ReFT adapter, as read from its folder.
@@ -128,7 +142,7 @@ def load(folder: str, max_rank: int) -> Adapter:
             adapter needs something that is not served; naming the folder, the field and the way out.
     """
     try:
-        read_at = stamp(folder)
+        read_at, content = stamp(folder), fingerprint(folder)
     except OSError as error:
         raise ValueError(f"The ReFT adapter {folder!r} can't be read: {error}") from error
     config: Any = ReftConfig.from_pretrained(folder)  # checks the weights too
@@ -140,7 +154,8 @@ def load(folder: str, max_rank: int) -> Adapter:
         if match is None:
             raise ValueError(f"{path}: {name!r} is no tensor of an edit, and vLLM serves edits alone.")
         weights.setdefault((match["module"] or "").removeprefix(PEFT_PREFIX), {})[match["letter"]] = tensor
-    return Adapter(folder, config, fingerprint(folder), read_at, weights)
+    refuse_change(folder, content)
+    return Adapter(folder, config, content, read_at, weights)
 
 
 def _refuse_fields(folder: str, config: ReftConfig, max_rank: int) -> None:

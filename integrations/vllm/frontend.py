@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from .adapters import Adapter, has_config, is_reft, load, rules_of, stamp
+from .adapters import Adapter, has_config, is_reft, load, refuse_change, rules_of, stamp
 from .plans import PLAN, SCALE, SUBSPACES, make_plan
 from .vllm_api import refuse_settings
 
@@ -133,7 +133,12 @@ class Frontend:
         return adapter
 
     def loaded(self, number: int, adapter: Adapter) -> None:
-        """Note that the engine has loaded what was read."""
+        """Note that the engine has loaded what was read.
+
+        Raises:
+            ValueError: when the folder has changed since it was read: the engine may have loaded something else.
+        """
+        refuse_change(adapter.folder, adapter.fingerprint)
         self._adapters[number] = adapter
 
     def forget(self, number: int) -> None:

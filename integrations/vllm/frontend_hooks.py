@@ -69,7 +69,7 @@ def serve_in_frontend() -> None:
                 return original(self, lora_request)
             with vllm_api.as_client_errors(Exception):
                 answer = original(self, lora_request)
-            frontend.loaded(lora_request.lora_int_id, adapter)
+                frontend.loaded(lora_request.lora_int_id, adapter)
             return answer
 
         return add
@@ -84,7 +84,7 @@ def serve_in_frontend() -> None:
                     return await original(self, lora_request)
                 with vllm_api.as_client_errors(Exception):
                     answer = await original(self, lora_request)
-                frontend.loaded(lora_request.lora_int_id, adapter)
+                    frontend.loaded(lora_request.lora_int_id, adapter)
                 return answer
 
         return add

@@ -93,6 +93,12 @@ def edit_in_place(hidden_FD: Tensor, residual_FD: Tensor | None, place: Tensor) 
         if job.scale_T1 is not None:
             c_TQ = c_TQ * job.scale_T1.to(c_TQ.dtype)
         edited_TD = wide_TD.addmm_(c_TQ, weights.R_QD).to(h_TD.dtype)
+        if job.scale_T1 is not None:
+            # A client chose the strength, which may take a state beyond its dtype layer by layer. An infinite state
+            # turns to NaN in the cache of keys and values, and vLLM's attention on CPUs multiplies what an earlier
+            # request left in a block by a probability of 0: NaN then reaches the request that has the block next.
+            limit = torch.finfo(edited_TD.dtype).max ** 0.5
+            edited_TD = edited_TD.nan_to_num_(0.0, limit, -limit).clamp_(-limit, limit)
         if residual_FD is None:
             hidden_FD.index_copy_(0, index_T, edited_TD)
         else:

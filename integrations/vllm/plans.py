@@ -7,6 +7,7 @@ makes prefix cache keys of it, and to the workers, which edit by it. So all proc
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from peft_reft.tuner.strength import is_strength
 PLAN = "peft_reft"  # in extra_args, of the plugin alone
 # In extra_args, or vllm_xargs over HTTP: what a caller may set.
 SUBSPACES, SCALE = "subspaces", "scale"
+MAX_STRENGTH = 100.0  # states beyond what a dtype holds are a danger to other requests (operation.py)
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,15 @@ def make_plan(
 
     Raises:
         ValueError: when a subspace is unknown, when subspaces are named for an adapter that has none, or when the
-            scale is no finite number.
+            scale is no number or too large.
     """
-    if scale is not None and not is_strength(scale):
+    strength = own_scale * (1.0 if scale is None else scale if is_strength(scale) else math.nan)
+    if not abs(strength) <= MAX_STRENGTH:
+        own = "" if own_scale == 1 else f" beside the adapter's own {own_scale!r}"
         raise ValueError(
-            f"scale={scale!r} is no strength of an edit. Pass a finite number, 1 for the adapter as it is."
+            f"scale={scale!r}{own} is no strength of an edit. Pass a number, 1 for the adapter as it is. The strength "
+            f"may be {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}."
         )
-    strength = own_scale * (1.0 if scale is None else scale)
     directions = None
     if subspaces is not None:
         if not rules.subspaces or not isinstance(subspaces, str):

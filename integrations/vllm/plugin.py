@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import frontend_hooks, vllm_api, worker_hooks
-from .adapters import fingerprint, is_reft
+from .adapters import fingerprint, is_reft, refuse_change
 from .vllm_api import wrap
 
 
@@ -84,24 +84,48 @@ def _serve_in_core() -> None:
 
         return generate
 
+    def plans(core: Any, number: int) -> list[Plan | None]:
+        """The plans of the requests to the adapter of a number. None: of a request to a LoRA adapter."""
+        return [
+            Plan.of(request.sampling_params)
+            for request in core.scheduler.requests.values()
+            if request.lora_request is not None and request.lora_request.lora_int_id == number
+        ]
+
     def users(core: Any, number: int) -> int:
         """How many requests of the engine use the ReFT adapter of a number."""
-        return sum(
-            request.lora_request is not None
-            and request.lora_request.lora_int_id == number
-            and Plan.of(request.sampling_params) is not None
-            for request in core.scheduler.requests.values()
-        )
+        return sum(plan is not None for plan in plans(core, number))
+
+    # A worker that learns of such a request in a step ends the engine. An error here is of the request alone.
+    def preprocess_add_request(original: Callable) -> Callable:
+        def preprocess(self: Any, request: Any) -> Any:
+            if request.lora_request is not None:
+                number, plan = request.lora_request.lora_int_id, Plan.of(request.sampling_params)
+                content = self.__dict__.get("_reft_contents", {}).get(number)
+                if content != (None if plan is None else plan.fingerprint):
+                    raise ValueError(
+                        f"The request {request.request_id} to {request.lora_request.lora_name!r} was not made for the "
+                        f"adapter that the engine knows by lora_int_id {number}. Load the adapter anew, and send "
+                        "requests through LLM, LLMEngine or AsyncLLM."
+                    )
+            return original(self, request)
+
+        return preprocess
 
     def add_lora(original: Callable) -> Callable:
         def add(self: Any, lora_request: Any) -> Any:
             number, name = lora_request.lora_int_id, lora_request.lora_name
             folder = get_adapter_absolute_path(lora_request.lora_path)
-            if not is_reft(folder):
-                return original(self, lora_request)
             remove_unused(self)
             kept = self.__dict__.setdefault("_reft_contents", {})
-            if number not in kept and number in self.list_loras():
+            if not is_reft(folder):
+                if number in kept:
+                    raise ValueError(
+                        f"lora_int_id {number} of {name!r} is that of a ReFT adapter, which requests may still use. "
+                        "Give each adapter a number of its own."
+                    )
+                return original(self, lora_request)
+            if number not in kept and (number in self.list_loras() or None in plans(self, number)):
                 raise ValueError(
                     f"lora_int_id {number} of the ReFT adapter {name!r} is that of a LoRA adapter. Give each adapter "
                     "a number of its own."
@@ -118,6 +142,12 @@ def _serve_in_core() -> None:
             self._reft_to_remove.discard(number)
             answer = original(self, msgspec.structs.replace(lora_request, load_inplace=replaces))
             kept[number] = content
+            try:
+                refuse_change(folder, content)  # the workers have read it meanwhile
+            except (OSError, ValueError):
+                kept.pop(number)
+                self.model_executor.remove_lora(number)
+                raise
             return answer
 
         return add
@@ -144,5 +174,6 @@ def _serve_in_core() -> None:
 
     for module in (kv_cache_utils, block_pool, manager):
         wrap(module, "generate_block_hash_extra_keys", keys)
+    wrap(EngineCore, "preprocess_add_request", preprocess_add_request)
     wrap(EngineCore, "add_lora", add_lora)
     wrap(EngineCore, "remove_lora", remove_lora)

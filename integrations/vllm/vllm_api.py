@@ -37,6 +37,7 @@ PIECES = (
     "vllm.v1.engine.async_llm:AsyncLLM.remove_lora",
     "vllm.v1.engine.core:EngineCore.add_lora",
     "vllm.v1.engine.core:EngineCore.list_loras",
+    "vllm.v1.engine.core:EngineCore.preprocess_add_request",
     "vllm.v1.engine.core:EngineCore.remove_lora",
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
     "vllm.v1.engine.llm_engine:LLMEngine.add_lora",
@@ -65,6 +66,7 @@ PARAMETERS = {
     "vllm.v1.engine.async_llm:AsyncLLM.add_request": "self request_id prompt params arrival_time lora_request",
     "vllm.v1.engine.async_llm:AsyncLLM.remove_lora": "self lora_id",
     "vllm.v1.engine.core:EngineCore.add_lora": "self lora_request",
+    "vllm.v1.engine.core:EngineCore.preprocess_add_request": "self request",
     "vllm.v1.engine.core:EngineCore.remove_lora": "self lora_id",
     "vllm.v1.engine.llm_engine:LLMEngine.add_lora": "self lora_request",
     "vllm.v1.engine.llm_engine:LLMEngine.add_request": "self request_id prompt params arrival_time lora_request",
@@ -166,6 +168,11 @@ def refuse_settings(vllm_config: Any) -> None:
     model, lora, speculative = vllm_config.model_config, vllm_config.lora_config, vllm_config.speculative_config
     for refused, option, way_out in (
         (lora is None, "an engine without LoRA", "Start it with --enable-lora."),
+        (
+            os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0",  # takes requests past the plugin
+            "VLLM_USE_RUST_FRONTEND",
+            "Leave it out.",
+        ),
         # The plugin has code for these three that nobody has run.
         (
             vllm_config.use_v2_model_runner and not run_untested,

@@ -50,8 +50,21 @@ class EditedModel:
         owner, blocks = find_blocks(model, text.num_hidden_layers)
         self.names = set(blocks)
         self.blocks = {name: block for name, block in blocks.items() if "PPMissingLayer" not in type(block).__name__}
-        here = next(iter(self.blocks.values()))
-        layout = find_layout(model.get_submodule(owner), here)
+        of_class = {type(block): block for block in self.blocks.values()}
+        layouts = {find_layout(model.get_submodule(owner), block) for block in of_class.values()}
+        if len(layouts) != 1:
+            raise ValueError(
+                f"ReFT adapters are not supported on {type(model).__name__}: its decoder layers return different "
+                f"things ({', '.join(sorted(layouts))})."
+            )
+        (layout,), here = layouts, next(iter(self.blocks.values()))
+        if self.dtype == torch.float16 and any(
+            getattr(module, "routed_scaling_factor", None) not in (None, 1.0) for module in model.modules()
+        ):
+            raise ValueError(
+                f"ReFT adapters are not supported on {type(model).__name__} in float16, in which vLLM divides its "
+                "hidden states by routed_scaling_factor. Start the engine with --dtype bfloat16."
+            )
         self.device = next(parameter.device for parameter in here.parameters())
         self.places = {name: Place(self.device) for name in self.blocks}
         # A model that is compiled is traced once, and so all its layers carry the operation. Otherwise only layers

@@ -10,6 +10,8 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
+from peft_reft.tuner.versions import installed
+
 from . import vllm_api
 from .vllm_api import wrap
 
@@ -53,13 +55,13 @@ def serve_in_worker() -> None:
 
     def load_adapter(original: Callable) -> Callable:
         def load(self: Any, lora_request: Any) -> Any:
-            number, folder = lora_request.lora_int_id, get_adapter_absolute_path(lora_request.lora_path)
-            edited = self._reft_model
+            number, edited = lora_request.lora_int_id, self._reft_model
             known = edited.adapters.get(number) if edited is not None else None
-            if known is None or known.folder != folder or lora_request.load_inplace:
+            # The core lets no other adapter have the number of one that is known. Its path is not looked at: the
+            # folder may be gone, or a hub id may name a newer one.
+            if known is None or lora_request.load_inplace:
+                folder = get_adapter_absolute_path(lora_request.lora_path)
                 if not adapters.is_reft(folder):
-                    if edited is not None:
-                        edited.remove(number)
                     return original(self, lora_request)
                 if edited is None:
                     raise ValueError(self._reft_refusal)
@@ -155,14 +157,19 @@ def serve_in_worker() -> None:
         return without_graphs
 
     def compute_hash(original: Callable) -> Callable:
-        """vLLM finds compiled code by this hash. With the plugin it is another: code that was compiled without it
-        lacks the operation."""
+        """vLLM finds compiled code by this hash. With the plugin it is another: code that was compiled without it, by
+        another version of it, or in an engine whose settings it refuses, may lack the operation."""
 
         def compute(self: Any, *args: Any, **kwargs: Any) -> str:
             of_engine = original(self, *args, **kwargs)
             if self.lora_config is None:
                 return of_engine
-            return hashlib.sha256(f"{of_engine} peft-reft {SCHEMA}".encode()).hexdigest()[: len(of_engine)]
+            try:
+                vllm_api.refuse_settings(self)
+            except ValueError:
+                return of_engine
+            salted = f"{of_engine} peft-reft {installed('peft-reft')} {SCHEMA}"
+            return hashlib.sha256(salted.encode()).hexdigest()[: len(of_engine)]
 
         return compute
 

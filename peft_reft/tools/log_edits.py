@@ -59,9 +59,7 @@ class LogEdits(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.stop()  # an earlier training may have ended with an error
         if self.trainer is None:
-            raise ValueError(
-                "LogEdits has no Trainer to log to. Give it to the Trainer in callbacks=[LogEdits(...)]."
-            )
+            raise ValueError("LogEdits has no Trainer to log to. Give it to the Trainer in callbacks=[LogEdits(...)].")
         with measured(model):  # raises where there is nothing to measure
             pass
 

@@ -12,7 +12,10 @@ from typing import Any
 
 def is_strength(value: Any) -> bool:
     """Whether a value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer above the largest float
+        return False
 
 
 def check_scale(scale: Any) -> float:

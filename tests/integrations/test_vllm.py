@@ -9,6 +9,7 @@ import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,9 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMClientError
 from vllm.lora.request import LoRARequest
 
+from peft_reft.integrations.vllm import plugin
 from peft_reft.integrations.vllm.adapters import Adapter
+from peft_reft.integrations.vllm.plans import Plan
 
 
 pytestmark = pytest.mark.slow
@@ -233,6 +236,81 @@ def test_requests_keep_an_adapter_that_is_removed(server: Server, tmp_path: Path
     assert answers == [Reference(server.base, {"x": again}).answer(prompt, "x", TOKENS)[0]] * 2
 
 
+def test_a_lora_does_not_get_the_number_of_a_removed_adapter_that_requests_use(server: Server, tmp_path: Path) -> None:
+    folder, lora = save_adapter(server.base, tmp_path / "removed", seed=8), save_lora(server.base, tmp_path / "lora")
+    engine, (prompt,) = server.engine.llm_engine, prompts_of([60])
+    params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+    engine.add_request("a", {"prompt_token_ids": prompt}, params, lora_request=LoRARequest("removed", 306, folder))
+    engine.remove_lora(306)
+    with pytest.raises(ValueError, match="lora_int_id 306 of 'lora' is that of a ReFT adapter"):
+        engine.add_lora(LoRARequest("lora", 306, lora))
+    answers = []
+    while engine.has_unfinished_requests():
+        answers += [list(one.outputs[0].token_ids) for one in engine.step() if one.finished]
+    assert answers == [Reference(server.base, {"x": folder}).answer(prompt, "x", TOKENS)[0]]
+    assert engine.add_lora(LoRARequest("lora", 306, lora))  # nobody uses the adapter any more
+    ((ids, _),) = ask(server.engine, [(prompt, LoRARequest("lora", 306, lora))], TOKENS)
+    assert ids == Reference(server.base, {"x": lora}).answer(prompt, "x", TOKENS)[0]
+    engine.remove_lora(306)
+
+
+def test_a_request_that_was_not_made_for_the_adapter_fails_alone(server: Server) -> None:
+    """As from a frontend without the plugin, or one that has planned for another content."""
+    (prompt,) = prompts_of([20])
+    server.check([(prompt, "loreft")])
+    core = server.engine.llm_engine.engine_core.engine_core
+    for extra in (None, Plan("other", [[0, 0]]).carried_by({})):
+        params = SamplingParams(max_tokens=1, extra_args=extra)
+        request = SimpleNamespace(request_id="r", sampling_params=params, lora_request=server.requests["loreft"])
+        with pytest.raises(ValueError, match="The request r to 'loreft' was not made for the adapter"):
+            core.preprocess_add_request(request)
+
+
+def test_what_is_loaded_is_not_looked_for_again(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path, whose folder is gone when vLLM's own cache has dropped the adapter and asks for it anew."""
+    monkeypatch.chdir(tmp_path)
+    folder, (prompt,) = save_adapter(server.base, tmp_path / "moved", seed=7), prompts_of([60])
+    asked = [(prompt, LoRARequest("moved", 307, "moved"))]
+    first = ask(server.engine, asked, TOKENS)
+    assert first[0][0] == Reference(server.base, {"x": folder}).answer(prompt, "x", TOKENS)[0]
+    shutil.rmtree(folder)
+    for name in [*ADAPTERS][:8]:  # more than the cache holds
+        server.check([(prompt, name)], 1)
+    server.engine.reset_prefix_cache()
+    assert ask(server.engine, asked, TOKENS)[0][0] == first[0][0]
+    server.engine.llm_engine.remove_lora(307)
+
+
+@pytest.mark.parametrize("reading", range(2, 8))
+def test_a_folder_that_is_written_to_while_it_is_loaded_is_refused(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reading: int
+) -> None:
+    """The frontend, the core and the worker each read the folder. Whichever reads something else, it is refused."""
+    from peft_reft.integrations.vllm import adapters
+
+    folder, (prompt,) = save_adapter(server.base, tmp_path / "torn", seed=1), prompts_of([20])
+    calls = []
+
+    def hashed(path: str, original: Any = adapters.fingerprint) -> str:
+        calls.append(path)
+        if len(calls) == reading:
+            save_adapter(server.base, tmp_path / "torn", seed=2)
+        return original(path)
+
+    monkeypatch.setattr(adapters, "fingerprint", hashed)
+    monkeypatch.setattr(plugin, "fingerprint", hashed)
+    torn = LoRARequest("torn", 308, folder)
+    with pytest.raises(ValueError, match="torn' was written to while it was loaded"):
+        ask(server.engine, [(prompt, torn)], 1)
+    assert len(calls) >= reading
+    server.check([(prompt, "loreft"), (prompt, None)])
+    ((ids, _),) = ask(server.engine, [(prompt, LoRARequest("torn", 308, folder, load_inplace=True))], TOKENS)
+    assert ids == Reference(server.base, {"x": folder}).answer(prompt, "x", TOKENS)[0]
+    server.engine.llm_engine.remove_lora(308)
+
+
 def test_a_removed_adapter_is_not_replaced_while_requests_use_it(server: Server, tmp_path: Path) -> None:
     folder, (prompt,) = save_adapter(server.base, tmp_path / "removed", seed=5), prompts_of([60])
     engine, number = server.engine.llm_engine, LoRARequest("removed", 305, str(tmp_path / "removed"))
@@ -355,6 +433,8 @@ def test_an_adapter_that_can_not_be_replaced_stays_as_it_was(server: Server, tmp
         ("loreft", {"subspaces": "style"}, "no subspaces"),
         ("loreft", {"scale": "half"}, "scale='half' is no strength"),
         ("loreft", {"scale": float("nan")}, "scale=nan is no strength"),
+        ("loreft", {"scale": 1e39}, "scale=1e.39 is no strength .* may be -100 to 100"),
+        ("scaled", {"scale": 250}, "scale=250 beside the adapter's own -0.5 is no strength"),
         ("loreft", {"peft_reft": ["x", None, None]}, "plugin's own"),
         (None, {"peft_reft": ["x", None, None]}, "plugin's own"),
     ],

@@ -71,6 +71,16 @@ def test_settings_of_other_machines(base: str, config: str | None, field: str, v
         refuse_settings(vllm_config)
 
 
+def test_the_rust_frontend_is_refused(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes requests past the plugin."""
+    vllm_config = settings(base)
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
+    refuse_settings(vllm_config)
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ValueError, match="VLLM_USE_RUST_FRONTEND. Leave it out"):
+        refuse_settings(vllm_config)
+
+
 def test_what_nobody_has_run_is_refused_unless_it_is_asked_for(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for field, words in (
         ("use_v2_model_runner", "VLLM_USE_V2_MODEL_RUNNER=0"),

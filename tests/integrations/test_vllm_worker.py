@@ -134,6 +134,43 @@ def test_requests_of_one_step_have_their_own_strength(edited: EditedModel) -> No
     edited.finish()
 
 
+def test_a_strength_leaves_states_finite(edited: EditedModel) -> None:
+    """An infinite state would reach other requests through a block of the cache that they get next."""
+    for module in edited.weights[1]:
+        edited.weights[1][module].R_QD.mul_(1e200)
+    edited.plan([(1, Plan("content", [[1, 0]], None, 100.0), 0, 3), (0, None, 0, 3)])
+    edited.start()
+    found = run(edited)
+    edited.finish()
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[3:], expected(edited, [])[3:])
+
+
+@pytest.mark.parametrize("kind", ["float16", "two layouts"])
+def test_a_model_whose_states_are_not_known_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype = torch.float16 if kind == "float16" else torch.float32
+    model_config = SimpleNamespace(
+        hf_text_config=SimpleNamespace(num_hidden_layers=3), get_hidden_size=lambda: WIDTH, dtype=dtype
+    )
+    settings = SimpleNamespace(model_config=model_config, compilation_config=SimpleNamespace(mode=None))
+    model = Model().to(dtype)
+    EditedModel(model, settings)
+    if kind == "float16":
+        model.layers[1].routed_scaling_factor = 2.5  # type: ignore[index,assignment]
+        words = "in float16, in which vLLM divides its hidden states"
+    else:
+
+        class Other(Block):
+            def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+                hidden_states = hidden_states + residual
+                return hidden_states
+
+        model.layers[2].__class__ = Other  # type: ignore[index]
+        words = "its decoder layers return different things"
+    with pytest.raises(ValueError, match=words):
+        EditedModel(model, settings)
+
+
 @pytest.mark.parametrize("ran", [(0, 1), (1, 2), (1,), ()])
 def test_a_layer_that_did_not_run_ends_the_step(edited: EditedModel, ran: tuple[int, ...]) -> None:
     edited.plan(STEP)

@@ -316,7 +316,8 @@ def test_compiled_models_see_a_change():
 
 
 @pytest.mark.parametrize(
-    "scale, error", [("1", TypeError), (None, TypeError), (True, TypeError), (float("nan"), ValueError)]
+    "scale, error",
+    [("1", TypeError), (None, TypeError), (True, TypeError), (float("nan"), ValueError), (10**400, TypeError)],
 )
 def test_what_is_no_strength_is_refused(scale, error):
     model = adapted()
