@@ -293,7 +293,7 @@ HEADER = "| class | `model_type` | mapping | outcome |\n| --- | --- | --- | --- 
 def documented() -> dict[tuple[str, str, str], str]:
     """The outcomes in docs/architectures.md other than "works", by (kind, model_type, class)."""
     rows = re.findall(r"^\| `(\w+)` \| `([\w-]+)` \| (\w+) \| (.*) \|$", DOCUMENT.read_text(), re.MULTILINE)
-    return {(kind, model_type, model): text for model, model_type, kind, text in rows}
+    return {(kind, model_type, model): text.replace("\\|", "|") for model, model_type, kind, text in rows}
 
 
 def write_table() -> None:
