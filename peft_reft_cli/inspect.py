@@ -47,14 +47,13 @@ def inspect(
     check_model("ADAPTER", adapter, "adapter_config.json")
     if base is not None:
         check_model("--base", base)
-    from peft import PeftConfig
     from transformers import AutoTokenizer
 
     from peft_reft.tools.heat_map import draw_heat_map
-    from peft_reft.tools.inspect_adapter import check_answers, inspect_adapter, rows_of_texts, task_of
+    from peft_reft.tools.inspect_adapter import check_answers, inspect_adapter, read_config, rows_of_texts, task_of
 
-    task = task_of(adapter)
-    name = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    config = read_config(adapter)
+    task, name = task_of(config), base or config.base_model_name_or_path
     if not name:
         raise ValueError(f"{adapter} does not name its base model. Give it with --base.")
     option = "--base" if base else f"{adapter}, without --base, names"

@@ -98,7 +98,7 @@ def edit_in_place(hidden_FD: Tensor, residual_FD: Tensor | None, place: Tensor) 
             # turns to NaN in the cache of keys and values, and vLLM's attention on CPUs multiplies what an earlier
             # request left in a block by a probability of 0: NaN then reaches the request that has the block next.
             limit = torch.finfo(edited_TD.dtype).max ** 0.5
-            edited_TD = edited_TD.nan_to_num_(0.0, limit, -limit).clamp_(-limit, limit)
+            edited_TD = edited_TD.nan_to_num_(0.0).clamp_(-limit, limit)
         if residual_FD is None:
             hidden_FD.index_copy_(0, index_T, edited_TD)
         else:

@@ -96,7 +96,8 @@ def make_plan(
         ValueError: when a subspace is unknown, when subspaces are named for an adapter that has none, or when the
             scale is no number or too large.
     """
-    strength = own_scale * (1.0 if scale is None else scale if is_strength(scale) else math.nan)
+    factor = 1.0 if scale is None else scale
+    strength = own_scale * factor if is_strength(factor) else math.nan
     if not abs(strength) <= MAX_STRENGTH:
         own = "" if own_scale == 1 else f" beside the adapter's own {own_scale!r}"
         raise ValueError(

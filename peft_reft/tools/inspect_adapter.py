@@ -29,8 +29,8 @@ LOADS = {
 }
 
 
-def task_of(adapter: str | os.PathLike) -> str | None:
-    """The task type of a saved ReFT adapter, `"CAUSAL_LM"` for example. None: its config names none.
+def read_config(adapter: str | os.PathLike) -> ReftConfig:
+    """The config of a saved ReFT adapter.
 
     Raises:
         ValueError: when the adapter is not ReFT's.
@@ -38,6 +38,11 @@ def task_of(adapter: str | os.PathLike) -> str | None:
     config: Any = ReftConfig.from_pretrained(str(adapter))
     if not isinstance(config, ReftConfig):
         raise ValueError(f"{adapter} holds an adapter of kind {config.peft_type.value}, not REFT.")
+    return config
+
+
+def task_of(config: ReftConfig) -> str | None:
+    """The task type of an adapter, `"CAUSAL_LM"` for example. None: its config names none."""
     return None if config.task_type is None else str(getattr(config.task_type, "value", config.task_type))
 
 
@@ -121,7 +126,7 @@ def load_adapted(adapter: str | os.PathLike, base: str, dtype: str = "float32") 
     Raises:
         ValueError: when the adapter is not ReFT's.
     """
-    task = task_of(adapter)
+    task = task_of(read_config(adapter))
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if task in CLASSIFIES:
         # The trained head is in the adapter, and the base is made with a head of its size.

@@ -71,9 +71,7 @@ def test_compiled_code_is_not_shared_with_engines_without_the_plugin(server_conf
     without_plugin = type(server_config).compute_hash.__wrapped__
     assert server_config.compute_hash() != without_plugin(server_config)
     assert server_config.compute_hash() == server_config.compute_hash()
-    with (
-        pytest.MonkeyPatch.context() as patch
-    ):  # an engine that refuses adapters has the code of one without the plugin
+    with pytest.MonkeyPatch.context() as patch:  # an engine that refuses adapters has no code of the plugin
         patch.setenv("VLLM_USE_RUST_FRONTEND", "1")
         assert server_config.compute_hash() == without_plugin(server_config)
     lora, server_config.lora_config = server_config.lora_config, None

@@ -64,14 +64,18 @@ def adapter_of(layers: list[int]) -> Adapter:
     return Adapter("folder", ReftConfig(r=2, share_weights=True), "content", (), weights)
 
 
+def settings_of(dtype: torch.dtype, mode: CompilationMode) -> Any:
+    """The part of vLLM's settings that an EditedModel reads."""
+    model_config = SimpleNamespace(
+        hf_text_config=SimpleNamespace(num_hidden_layers=3), get_hidden_size=lambda: WIDTH, dtype=dtype
+    )
+    return SimpleNamespace(model_config=model_config, compilation_config=SimpleNamespace(mode=mode))
+
+
 @pytest.fixture(params=[CompilationMode.NONE, CompilationMode.VLLM_COMPILE], ids=["eager", "traced"])
 def edited(request: pytest.FixtureRequest) -> EditedModel:
     torch.manual_seed(0)
-    model_config = SimpleNamespace(
-        hf_text_config=SimpleNamespace(num_hidden_layers=3), get_hidden_size=lambda: WIDTH, dtype=torch.float64
-    )
-    settings = SimpleNamespace(model_config=model_config, compilation_config=SimpleNamespace(mode=request.param))
-    edited = EditedModel(Model().double(), settings)
+    edited = EditedModel(Model().double(), settings_of(torch.float64, request.param))
     edited.add(1, adapter_of([0, 2]))
     return edited
 
@@ -147,13 +151,9 @@ def test_a_strength_leaves_states_finite(edited: EditedModel) -> None:
 
 
 @pytest.mark.parametrize("kind", ["float16", "two layouts"])
-def test_a_model_whose_states_are_not_known_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_whose_states_are_not_known_is_refused(kind: str) -> None:
     dtype = torch.float16 if kind == "float16" else torch.float32
-    model_config = SimpleNamespace(
-        hf_text_config=SimpleNamespace(num_hidden_layers=3), get_hidden_size=lambda: WIDTH, dtype=dtype
-    )
-    settings = SimpleNamespace(model_config=model_config, compilation_config=SimpleNamespace(mode=None))
-    model = Model().to(dtype)
+    settings, model = settings_of(dtype, CompilationMode.NONE), Model().to(dtype)
     EditedModel(model, settings)
     if kind == "float16":
         model.layers[1].routed_scaling_factor = 2.5  # type: ignore[index,assignment]
